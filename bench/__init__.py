@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m bench.mask``, ``python -m bench.prefill`` and ``pytest bench``."""
