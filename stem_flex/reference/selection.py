@@ -196,7 +196,7 @@ def block_keep(
     """The block pairs Stem keeps, by ranking every row in Python.
 
     Args:
-        budget: overrides TPD: int, (Qb,), (Hq, Qb) or (B, Hq, Qb).
+        budget: overrides TPD: int, (Qb,), (Hq, Qb) or (B, Hq, Qb); less than 1 counts as 1.
         scores: (B, Hq, Qb, Kb) to rank instead of the Output-Aware Metric.
 
     Returns:
@@ -218,7 +218,7 @@ def block_keep(
             for h in range(Hq):
                 count = int(given[b, h, i] if rows is None else rows[place.position])  # type: ignore[index]
                 candidates = allowed[b, h, i].nonzero().flatten().tolist()
-                best = rank(scores[b, h, i].tolist(), candidates)[: max(count, 0)]
+                best = rank(scores[b, h, i].tolist(), candidates)[: max(count, 1)]
                 forced = forced_blocks(
                     candidates, place.own_lo, place.own_hi, config.sink_blocks, config.local_blocks
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -205,16 +206,20 @@ def prompt_segment(
     prompt_len: int | Tensor | None,
 ) -> tuple[int, int]:
     """[start, end) of the prompt of position p: its document, else the unpadded row, else everything."""
-    low, high = valid_range(layout, b, Lk, kv_len)
+    keys = per_row(kv_len, b + 1, Lk)[b]
+    found, in_document = [(0, math.inf)], False
     for leaf in leaves(layout):
+        if _kind(leaf) == "Padding":
+            found.append(padding_range(leaf, b, keys))
         if _kind(leaf) == "Documents":
-            for lo, hi in document_ranges(leaf, b):
-                if lo <= p < hi:
-                    return max(lo, low), min(hi, high)
-            return p, p
+            found += [(lo, hi) for lo, hi in document_ranges(leaf, b) if lo <= p < hi]
+            in_document = True
+    start, end = max(lo for lo, _ in found), min(hi for _, hi in found)
     if prompt_len is not None:
-        return low, low + per_row(prompt_len, b + 1, 0)[b]
-    return low, min(high, offset + Lq)
+        return start, start + per_row(prompt_len, b + 1, 0)[b]
+    if in_document:
+        return start, int(end)
+    return start, int(min(end if len(found) > 1 else keys, offset + Lq))
 
 
 def block_classes(mask: Tensor, block_size: int | tuple[int, int]) -> Tensor:
