@@ -117,9 +117,7 @@ def _check_blocks(block_size: object, stride: object) -> None:
 def _check_k_start(k_start: object, schedule: str) -> None:
     if schedule != "fixed":
         if k_start is not None:
-            raise ValueError(
-                f"k_start must be None with schedule={schedule!r}, got {k_start!r}; use schedule='fixed'"
-            )
+            raise ValueError(f"k_start must be None with schedule={schedule!r}, got {k_start!r}; use schedule='fixed'")
         return
     if isinstance(k_start, bool) or not isinstance(k_start, (int, float)):
         raise TypeError(

@@ -1,0 +1,64 @@
+"""Checks of what every public function takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from stem_flex.geometry import Geometry
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise TypeError or ValueError unless q, k, v are what flex_attention takes, with GQA."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have shape (B, H, L, D), got {tuple(x.shape)}")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        if 0 in x.shape:
+            raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} must have q's batch size {q.shape[0]}, got {x.shape[0]}")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k must have q's head dim {q.shape[3]}, got {k.shape[3]}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v must have k's shape {tuple(k.shape[:3])} but for Dv, got {tuple(v.shape[:3])}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"q must have a multiple of k's {k.shape[1]} heads, got {q.shape[1]}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise unless ``value`` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_int_tensor(name: str, tensor: Tensor, dim: int) -> None:
+    """Raise unless ``tensor`` holds integers in ``dim`` dimensions."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
+    if tensor.dim() != dim:
+        raise ValueError(f"{name} must have {dim} dimension(s), got shape {tuple(tensor.shape)}")
+
+
+def check_rows(name: str, tensor: Tensor, geometry: Geometry) -> None:
+    """Raise unless ``tensor`` has one entry for each batch row, on the right device."""
+    if tensor.dim() != 1 or tensor.shape[0] not in (1, geometry.batch):
+        raise ValueError(
+            f"{name} must have shape ({geometry.batch},), one for each batch row of q, got {tuple(tensor.shape)}"
+        )
+    if tensor.device != geometry.device:
+        raise ValueError(f"{name} must be on q's device {geometry.device}, got {tensor.device}; move it with .to()")

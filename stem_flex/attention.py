@@ -1,0 +1,230 @@
+"""Sparse prefill: compiled flex_attention under a Stem BlockMask, never eager, never dense by surprise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from stem_flex._check import check_qkv
+from stem_flex._compiled import compiled
+from stem_flex.backend import Decision, choose, kernel_options
+from stem_flex.config import StemConfig
+from stem_flex.dense import dense_causal
+from stem_flex.layout import Layout
+from stem_flex.mask import stem_block_mask
+
+
+def stem_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: StemConfig | None = None,
+    *,
+    layout: Layout | None = None,
+    q_offset: int | Tensor = 0,
+    prompt_len: int | Tensor | None = None,
+    kv_len: int | Tensor | None = None,
+    scale: float | None = None,
+    score_mod: Callable | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+    budget: int | Tensor | None = None,
+    options: dict | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the key blocks that Stem keeps: ``softmax(q k^T scale) v``, block-sparse and compiled.
+
+    Args:
+        q, k, v, config, layout, q_offset, prompt_len, kv_len, budget: see :func:`stem_flex.stem_block_mask`.
+        scale: of the logits, None is 1 / sqrt(D). The choice of blocks does not depend on it.
+        score_mod: flex_attention's, applied to kept pairs.
+        backend: "triton" and "flash" (flash-attn-4) on CUDA, "cpu" on the CPU: an explicit one runs the sparse
+            path or raises. "auto" takes the fastest that serves the call, and on CUDA runs plain causal prompts
+            densely where that is at least as fast; :func:`stem_flex.explain` tells which and why.
+        return_lse: also the natural-log sum of exponentials of the kept logits, float32 (B, Hq, Lq). Not on CPU.
+        options: flex_attention kernel options that override the measured ones of ``stem_flex.backend``.
+
+    Returns:
+        (B, Hq, Lq, Dv) in q's dtype; with ``return_lse`` a pair. A query that may attend to nothing (padding)
+        gives zeros, and -inf.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came, and the fix.
+        RuntimeError: flex_attention would run eagerly, which is dense: compilation is switched off, or one
+            signature met more than the recompile limit of variants.
+
+    On CUDA gradients flow to q, k, v through the kept pairs with backend "triton"; none through the choice.
+    """
+    config = config or StemConfig()
+    check_qkv(q, k, v)
+    decision = explain(
+        q,
+        k,
+        v,
+        config,
+        layout=layout,
+        q_offset=q_offset,
+        prompt_len=prompt_len,
+        kv_len=kv_len,
+        score_mod=score_mod,
+        backend=backend,
+        return_lse=return_lse,
+        budget=budget,
+    )
+    if decision.dense:
+        return dense_causal(q, k, v, scale=scale, kernel=decision.backend)
+    block_mask = stem_block_mask(
+        q,
+        k,
+        v,
+        config,
+        layout=layout,
+        q_offset=q_offset,
+        prompt_len=prompt_len,
+        kv_len=kv_len,
+        budget=budget,
+        compute_q_blocks=_needs_grad(q, k, v),
+    )
+    return sparse_prefill(
+        q,
+        k,
+        v,
+        block_mask,
+        scale=scale,
+        score_mod=score_mod,
+        backend=decision.backend,
+        return_lse=return_lse,
+        options=options,
+    )
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: StemConfig | None = None,
+    *,
+    layout: Layout | None = None,
+    q_offset: int | Tensor = 0,
+    prompt_len: int | Tensor | None = None,
+    kv_len: int | Tensor | None = None,
+    score_mod: Callable | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+    budget: int | Tensor | None = None,
+) -> Decision:
+    """What :func:`stem_attention` would run for these arguments, and why. Runs nothing.
+
+    Returns:
+        ``Decision(backend, dense, reason)``: the backend's name ("triton", "flash", "cpu"; for a dense run the
+        dense kernel's), whether plain dense causal attention takes the sparse path's place, and a sentence.
+
+    Raises:
+        ValueError, ImportError: an explicit backend can't serve the call: the reason and the fix.
+    """
+    plain = (
+        (layout is None or layout.plain_causal)
+        and _is_int(q_offset, 0)
+        and q.shape[2] == k.shape[2]
+        and (kv_len is None or _is_int(kv_len, k.shape[2]))
+        and (prompt_len is None or _is_int(prompt_len, q.shape[2]))
+        and score_mod is None
+        and not return_lse
+        and budget is None
+    )
+    return choose(
+        q,
+        v,
+        config or StemConfig(),
+        backend=backend,
+        plain=plain,
+        needs_grad=_needs_grad(q, k, v),
+        return_lse=return_lse,
+    )
+
+
+def sparse_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    *,
+    scale: float | None = None,
+    score_mod: Callable | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+    options: dict | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compiled flex_attention under any BlockMask, one compiled function for each kind of call.
+
+    Arguments as in :func:`stem_attention`; "auto" never replaces the mask by dense attention here. At most two
+    compilations serve all lengths of a kind of call.
+
+    Raises:
+        ValueError: the BlockMask does not fit q and k, or the backend can't serve the call.
+        RuntimeError: flex_attention would run eagerly.
+    """
+    check_qkv(q, k, v)
+    _check_mask(q, k, block_mask)
+    needs_grad = _needs_grad(q, k, v)
+    name = choose(q, v, None, backend=backend, plain=False, needs_grad=needs_grad, return_lse=return_lse).backend
+    merged = {**kernel_options(name, q, v, tuple(block_mask.BLOCK_SIZE)), **(options or {})}
+    if needs_grad and block_mask.q_indices is None:
+        raise ValueError(
+            "block_mask has no query tables, which gradients need; build it with compute_q_blocks=True, "
+            "or call under torch.no_grad()"
+        )
+    if torch.compiler.is_compiling():
+        return _flex(q, k, v, block_mask, scale, score_mod, return_lse, merged)
+    kind = (name, q.dtype, q.shape[0] == 1, q.shape[1], *k.shape[1::2], v.shape[3], return_lse, needs_grad)
+    kind = (*kind, tuple(block_mask.BLOCK_SIZE), _code(block_mask.mask_mod), _code(score_mod))
+    return compiled(_flex, kind)(q, k, v, block_mask, scale, score_mod, return_lse, merged)
+
+
+def _flex(q, k, v, block_mask, scale, score_mod, return_lse, options):
+    if not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "flex_attention would run eagerly, which ignores the block lists and attends to everything; "
+            "torch.compile is switched off: unset TORCHDYNAMO_DISABLE / TORCH_COMPILE_DISABLE, or leave "
+            "torch.compiler.disable"
+        )
+    out = flex_attention(
+        q,
+        k,
+        v,
+        score_mod=score_mod,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options=options,
+        return_aux=AuxRequest(lse=True) if return_lse else None,
+    )
+    return (out[0], out[1].lse) if return_lse else out
+
+
+def _check_mask(q: Tensor, k: Tensor, block_mask: BlockMask) -> None:
+    if not isinstance(block_mask, BlockMask):
+        raise TypeError(f"block_mask must be a BlockMask, got {type(block_mask).__name__}")
+    if tuple(block_mask.seq_lengths) != (q.shape[2], k.shape[2]):
+        raise ValueError(
+            f"block_mask must be of q's and k's lengths {(q.shape[2], k.shape[2])}, got {tuple(block_mask.seq_lengths)}"
+        )
+    for name, size, have in zip("BH", q.shape, block_mask.kv_num_blocks.shape, strict=False):
+        if have not in (1, size):
+            raise ValueError(f"block_mask must have {name}=1 or q's {size}, got {have}")
+    if block_mask.kv_num_blocks.device != q.device:
+        raise ValueError(f"block_mask must be on q's device {q.device}, got {block_mask.kv_num_blocks.device}")
+
+
+def _needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def _is_int(value: object, expected: int) -> bool:
+    return not isinstance(value, Tensor) and value == expected
+
+
+def _code(f: Callable | None) -> object:
+    return getattr(f, "__code__", f)

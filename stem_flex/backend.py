@@ -1,0 +1,157 @@
+"""Which kernel runs a call, and with which measured options."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stem_flex.budget import tpd_budget
+from stem_flex.config import StemConfig
+
+BACKENDS = ("auto", "triton", "flash", "cpu")
+
+# flex_attention's Triton kernel by largest head dim served, at blocks of 128. Measured on an H100, see
+# bench/results/options.json.
+_TRITON_OPTIONS: tuple[tuple[int, dict], ...] = (
+    (128, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}),
+    (256, {}),
+)
+
+# Plain causal prompts of fewer tokens, or that keep a larger part of the causal blocks, are as fast dense.
+# Measured on an H100, see bench/results/prefill.json.
+_SPARSE_FROM = 8192
+_DENSE_ABOVE = {"triton": 0.45, "flash": 0.70}
+
+
+class Decision(NamedTuple):
+    """What runs: a backend or dense kernel, whether it is dense, and why."""
+
+    backend: str
+    dense: bool
+    reason: str
+
+
+def choose(
+    q: Tensor,
+    v: Tensor,
+    config: StemConfig | None,
+    *,
+    backend: str,
+    plain: bool,
+    needs_grad: bool,
+    return_lse: bool,
+) -> Decision:
+    """The decision for a call; ``plain`` calls (causal, whole prompt) may run densely under "auto"."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if not q.is_cuda:
+        return _on_cpu(q, backend, needs_grad, return_lse)
+    if backend == "cpu":
+        raise ValueError(f"backend='cpu' needs CPU tensors, got {q.device}; use 'auto', 'triton' or 'flash'")
+    if q.dtype == torch.float64:
+        raise ValueError("q must be float16, bfloat16 or float32 on CUDA, got float64; stem_flex.reference has it")
+    refusal = flash_refusal(q, v, needs_grad)
+    if backend == "flash" and refusal:
+        raise (ImportError if "install" in refusal else ValueError)(f"backend='flash' can't serve: {refusal}")
+    sparse = "triton" if backend == "triton" or refusal else "flash"
+    why = f"flash is not taken: {refusal}" if refusal and backend == "auto" else f"backend={backend!r}"
+    traced = torch.compiler.is_compiling()  # a compiled model keeps one path for all lengths
+    if backend == "auto" and plain and not needs_grad and not traced and q.dtype != torch.float32:
+        assert config is not None
+        reason = _dense_reason(q, config, sparse)
+        if reason:
+            return Decision("cudnn" if refusal else "flash-attn-4", True, reason)
+    return Decision(sparse, False, f"sparse prefill by flex_attention's {sparse.upper()} kernel; {why}")
+
+
+def _on_cpu(q: Tensor, backend: str, needs_grad: bool, return_lse: bool) -> Decision:
+    if q.device.type != "cpu":
+        raise ValueError(f"q must be on a CUDA device or the CPU, got {q.device}")
+    if backend not in ("auto", "cpu"):
+        raise ValueError(f"backend={backend!r} needs CUDA tensors, got {q.device}; use 'auto' or 'cpu'")
+    if return_lse:
+        raise ValueError("return_lse must be False on the CPU, got True: its flex_attention kernel gives no lse")
+    if needs_grad:
+        raise ValueError(
+            "q, k and v must not need gradients on the CPU: its flex_attention kernel has no backward; "
+            "use torch.no_grad() or CUDA tensors"
+        )
+    if q.dtype == torch.float64:
+        raise ValueError("q must be float16, bfloat16 or float32, got float64; stem_flex.reference has float64")
+    return Decision("cpu", False, "sparse prefill by flex_attention's C++ kernel: q is on the CPU")
+
+
+def _dense_reason(q: Tensor, config: StemConfig, sparse: str) -> str | None:
+    tokens = q.shape[2]
+    if tokens < _SPARSE_FROM:
+        return f"{tokens} tokens: below {_SPARSE_FROM} choosing blocks costs more than it saves"
+    density = causal_density(-(-tokens // config.key_block), config)
+    if density > _DENSE_ABOVE[sparse]:
+        return f"the budget keeps {density:.0%} of the causal blocks; above {_DENSE_ABOVE[sparse]:.0%} dense is faster"
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def causal_density(num_blocks: int, config: StemConfig) -> float:
+    """Largest part of a causal prompt's block pairs that its budget and forced blocks keep, 1.0 = dense."""
+    candidates = torch.arange(1, num_blocks + 1)
+    kept = tpd_budget(num_blocks, config) + config.sink_blocks + config.local_blocks
+    return float(torch.minimum(kept, candidates).sum() / candidates.sum())
+
+
+def flash_refusal(q: Tensor, v: Tensor, needs_grad: bool) -> str | None:
+    """Why flex_attention's FLASH kernel can't serve, or None."""
+    if not has_flash():
+        return "flash-attn-4 is not installed; pip install 'stem-flex[flash]'"
+    capability = _capability(q.get_device())
+    if capability[0] < 9:
+        return f"the card's compute capability {capability} is older than 9.0; use 'triton'"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {q.dtype}, expected float16 or bfloat16; use 'triton'"
+    if max(q.shape[3], v.shape[3]) > 192 or q.shape[3] % 8 or v.shape[3] % 8:
+        return f"head dims {q.shape[3]} and {v.shape[3]}, expected multiples of 8 up to 192; use 'triton'"
+    if needs_grad:
+        return "gradients were asked for; use 'triton', or torch.no_grad()"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def has_flash() -> bool:
+    """Whether flash-attn-4 (the package flash_attn.cute) can be imported."""
+    return _installed("flash_attn.cute")
+
+
+@functools.cache
+def _installed(name: str) -> bool:
+    parent = name.rpartition(".")[0]
+    return (not parent or _installed(parent)) and importlib.util.find_spec(name) is not None
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@functools.lru_cache(maxsize=1)
+def flash_attn_func() -> Callable:
+    """flash-attn-4's dense attention."""
+    from flash_attn.cute import flash_attn_func
+
+    return flash_attn_func
+
+
+def kernel_options(backend: str, q: Tensor, v: Tensor, block_size: tuple[int, int]) -> dict:
+    """Measured flex_attention kernel options of a backend for these shapes."""
+    if backend == "cpu":
+        return {}
+    if backend == "flash":
+        return {"BACKEND": "FLASH"}
+    head_dim = max(q.shape[3], v.shape[3])
+    options = next((options for largest, options in _TRITON_OPTIONS if head_dim <= largest), {})
+    fits = q.dtype != torch.float32 and options and block_size == (128, 128)
+    return {"BACKEND": "TRITON", **(options if fits else {})}

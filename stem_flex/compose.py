@@ -1,0 +1,113 @@
+"""Intersect any BlockMask with another mask, keeping partial and full blocks exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from stem_flex.binding import BoundLayout
+from stem_flex.classes import EMPTY
+from stem_flex.geometry import Geometry
+from stem_flex.layout import FromBlockMask, Layout, MaskMod, from_block_mask, from_mask_mod
+from stem_flex.mask import assemble
+from stem_flex.tables import block_classes, compact, table_shape
+
+
+def compose(block_mask: BlockMask, other: BlockMask | Layout | Callable) -> BlockMask:
+    """Keep what both masks keep.
+
+    A block stays if both keep it and some token pair is allowed by both; it is full only if every pair is. The
+    block lists of ``block_mask`` count as chosen: nothing it left out comes back.
+
+    Args:
+        block_mask: any BlockMask, from :func:`stem_flex.stem_block_mask` or not, of shape (B, H, Lq, Lk).
+        other: a BlockMask, a layout, or a mask_mod with local query indices. A mask_mod is evaluated on all
+            B H Lq Lk tokens, in chunks; wrap one that does not depend on b or h in
+            ``layout.from_mask_mod(f, 1, 1, Lq, Lk)``.
+
+    Returns:
+        A BlockMask with exact classes and compact tables. Nothing waits for the device. Memory is a few bytes
+        for each pair of blocks of each head.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came.
+
+    Masks made here know their layout, so that interval layouts intersect by arithmetic on N tokens. A BlockMask
+    from elsewhere is evaluated token by token, in chunks of bounded memory.
+    """
+    if not isinstance(block_mask, BlockMask):
+        raise TypeError(f"block_mask must be a BlockMask, got {type(block_mask).__name__}")
+    keep = block_classes(block_mask) != EMPTY
+    if isinstance(other, BlockMask):
+        _check_other(block_mask, other)
+        if tuple(other.BLOCK_SIZE) == tuple(block_mask.BLOCK_SIZE):
+            keep = keep & (block_classes(other) != EMPTY)
+    elif not isinstance(other, Layout) and not callable(other):
+        raise TypeError(f"other must be a BlockMask, a layout or a mask_mod, got {type(other).__name__}")
+    bound = _bind(block_mask, other, keep)
+    classes = bound.dense_classes()
+    keep = keep & (classes != EMPTY)
+    width, partial_columns = table_shape(bound, _most_kept(block_mask, bound))
+    tables = compact(keep, classes, width, partial_columns)
+    return assemble(tables, bound, compute_q_blocks=block_mask.q_indices is not None)
+
+
+def _bind(block_mask: BlockMask, other: BlockMask | Layout | Callable, keep: Tensor) -> BoundLayout:
+    """Both structures at the sizes of ``block_mask``, offsets as the mask that knows its own has them."""
+    geometry = _geometry(block_mask) or _geometry(other)
+    ours = _layout_of(block_mask, geometry)
+    if isinstance(other, Layout):
+        theirs = other
+    elif isinstance(other, BlockMask):
+        theirs = _layout_of(other, geometry)
+    else:
+        theirs = from_mask_mod(other, *keep.shape[:2], *block_mask.seq_lengths)
+    both = ours & theirs
+    return both.bind(
+        max([keep.shape[0]] + [part.B for part in both.parts() if isinstance(part, (MaskMod, FromBlockMask))]),
+        max([keep.shape[1]] + [part.H for part in both.parts() if isinstance(part, (MaskMod, FromBlockMask))]),
+        *block_mask.seq_lengths,
+        q_offset=0 if geometry is None else geometry.q_offset,
+        kv_len=None if geometry is None else geometry.kv_len,
+        block_size=tuple(block_mask.BLOCK_SIZE),
+        device=keep.device,
+    )
+
+
+def _geometry(mask: object) -> Geometry | None:
+    known = getattr(mask, "structure", None)
+    return known.geometry if isinstance(known, BoundLayout) else None
+
+
+def _layout_of(block_mask: BlockMask, geometry: Geometry | None) -> Layout:
+    """The mask's layout if it was bound at the same offsets, else the mask's tokens."""
+    known = getattr(block_mask, "structure", None)
+    if isinstance(known, BoundLayout) and geometry is not None:
+        own = known.geometry
+        if _same(own.q_offset, geometry.q_offset) and _same(own.kv_len, geometry.kv_len):
+            return known.layout
+    return from_block_mask(block_mask)
+
+
+def _same(a: object, b: object) -> bool:
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
+
+
+def _most_kept(block_mask: BlockMask, bound: BoundLayout) -> int:
+    row = block_mask.kv_indices.stride(2)  # of our own masks both lists share a row; others are Kb wide
+    lists = row if hasattr(block_mask, "structure") else bound.k_blocks
+    return min(bound.k_blocks, lists)
+
+
+def _check_other(block_mask: BlockMask, other: BlockMask) -> None:
+    if other.seq_lengths != block_mask.seq_lengths:
+        raise ValueError(f"other must have block_mask's lengths {block_mask.seq_lengths}, got {other.seq_lengths}")
+    if other.kv_num_blocks.device != block_mask.kv_num_blocks.device:
+        raise ValueError(
+            f"other must be on block_mask's device {block_mask.kv_num_blocks.device}, got {other.kv_num_blocks.device}"
+        )
+    for name, ours, theirs in zip("BH", block_mask.kv_num_blocks.shape, other.kv_num_blocks.shape, strict=False):
+        if ours != theirs and 1 not in (ours, theirs):
+            raise ValueError(f"other must have block_mask's {name}={ours} or 1, got {theirs}")

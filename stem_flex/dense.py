@@ -1,0 +1,19 @@
+"""The fastest dense causal attention at hand: what sparse prefill has to beat."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from stem_flex.backend import flash_attn_func
+
+
+def dense_causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, kernel: str) -> Tensor:
+    """Dense causal attention, (B, Hq, L, Dv), by ``kernel``: "flash-attn-4" or "cudnn"."""
+    if kernel == "flash-attn-4":
+        out = flash_attn_func()(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, causal=True)
+        out = out[0] if isinstance(out, tuple) else out
+        return out.transpose(1, 2)
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)

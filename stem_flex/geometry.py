@@ -1,0 +1,91 @@
+"""Sizes, offsets and lengths that a layout is bound to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes and offsets that a layout is bound to, checked."""
+
+    batch: int
+    heads: int
+    q_len: int
+    k_len: int
+    q_offset: int | Tensor
+    kv_len: int | Tensor | None
+    prompt_len: int | Tensor | None
+    q_block: int
+    k_block: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, batch, heads, q_len, k_len, q_offset, kv_len, prompt_len, block_size, device) -> Geometry:
+        device = torch.device(device)
+        q_offset = _checked_length("q_offset", q_offset, batch, device)
+        if kv_len is not None:
+            kv_len = _checked_length("kv_len", kv_len, batch, device)
+            if isinstance(kv_len, int) and kv_len > k_len:
+                raise ValueError(f"kv_len must be at most the {k_len} keys of k, got {kv_len}")
+        if prompt_len is not None:
+            prompt_len = _checked_length("prompt_len", prompt_len, batch, device)
+        return cls(batch, heads, q_len, k_len, q_offset, kv_len, prompt_len, *block_size, device)
+
+    @property
+    def q_blocks(self) -> int:
+        return -(-self.q_len // self.q_block)
+
+    @property
+    def k_blocks(self) -> int:
+        return -(-self.k_len // self.k_block)
+
+    @property
+    def on_host(self) -> bool:
+        """No length is a tensor, so that a binding can be reused."""
+        return not any(isinstance(x, Tensor) for x in (self.q_offset, self.kv_len, self.prompt_len))
+
+    @property
+    def positions(self) -> Tensor:
+        """int32 (1 or B, q_blocks * q_block): where each query, rounded up to whole blocks, stands."""
+        local = torch.arange(self.q_blocks * self.q_block, dtype=torch.int32, device=self.device)
+        return local[None] + self.column(self.q_offset)
+
+    def positions_of(self, per_row: Tensor) -> Tensor:
+        """``positions`` with as many rows as ``per_row`` (rows,) has."""
+        positions = self.positions
+        return positions.expand(max(positions.shape[0], per_row.shape[0]), -1)
+
+    def key_end(self, like: Tensor) -> Tensor:
+        """End of the valid keys, int32 (1 or B,) of at least ``like``'s length."""
+        end = self.k_len if self.kv_len is None else self.kv_len
+        return torch.zeros_like(like) + self.column(end)[:, 0]
+
+    def query_end(self) -> Tensor:
+        """One past the last query's position, int32 (1 or B, 1)."""
+        return self.column(self.q_offset) + self.q_len
+
+    def column(self, value: int | Tensor) -> Tensor:
+        """A length or offset as int32 (1 or B, 1)."""
+        if isinstance(value, Tensor):
+            return value.to(torch.int32).reshape(-1, 1)
+        return torch.full((1, 1), value, dtype=torch.int32, device=self.device)
+
+
+def _checked_length(name: str, value, batch: int, device: torch.device) -> int | Tensor:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Tensor)):
+        raise TypeError(f"{name} must be an int or an int tensor ({batch},), got {value!r}")
+    if not isinstance(value, Tensor):
+        if value < 0:
+            raise ValueError(f"{name} must be 0 or more, got {value}")
+        return value
+    if value.is_floating_point() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers, got {value.dtype}")
+    if value.dim() > 1 or value.numel() not in (1, batch):
+        raise ValueError(f"{name} must be an int or of shape ({batch},), got shape {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on q's device {device}, got {value.device}; move it with .to()")
+    return value

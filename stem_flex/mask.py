@@ -1,0 +1,137 @@
+"""From q, k, v to the BlockMask that flex_attention runs: score, select, assemble."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from stem_flex._check import check_qkv
+from stem_flex._impl import resolve
+from stem_flex.binding import BoundLayout, MaskModFn
+from stem_flex.config import StemConfig
+from stem_flex.layout import Layout
+from stem_flex.score import bind_to, torch_scores
+from stem_flex.select import budget_rows, select_blocks
+from stem_flex.tables import BlockTables, block_classes, compact, table_shape
+
+
+def stem_block_mask(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: StemConfig | None = None,
+    *,
+    layout: Layout | None = None,
+    q_offset: int | Tensor = 0,
+    prompt_len: int | Tensor | None = None,
+    kv_len: int | Tensor | None = None,
+    budget: int | Tensor | None = None,
+    impl: str = "auto",
+    mask_mod: str = "layout",
+    compute_q_blocks: bool = False,
+) -> BlockMask:
+    """Choose the key blocks that each query block attends to, by Stem.
+
+    Every row of query blocks keeps its TPD budget of best blocks by OAM score (:func:`stem_flex.oam_scores`)
+    among those the layout allows, and the forced ones: the first ``sink_blocks`` of its allowed range, the
+    ``local_blocks`` up to its diagonal, and the blocks of its own positions. The result is for **compiled**
+    flex_attention: eager flex_attention ignores block lists and would attend to everything.
+
+    Args:
+        q: (B, Hq, Lq, D), float16, bfloat16 or float32, any strides with a unit last one.
+        k: (B, Hkv, Lk, D), the same dtype and device; Hq is a multiple of Hkv.
+        v: (B, Hkv, Lk, Dv).
+        config: None means ``StemConfig()``.
+        layout: structure of the mask (:mod:`stem_flex.layout`), None is causal.
+        q_offset: keys before the first query (chunked prefill, prefix cache), int or int (B,), any value.
+        prompt_len: tokens of the whole prompt, which sets the budgets; int or int (B,). None: up to the last
+            query. Give it in chunked prefill, so that chunks spend what one-shot prefill spends.
+        kv_len: valid keys of a longer buffer, int or int (B,). None: all.
+        budget: blocks to keep instead of the schedule's: an int, or an int tensor (Qb,), (Hq, Qb) or
+            (B, Hq, Qb).
+        impl: "triton", "torch", or "auto": Triton for CUDA tensors. Nothing falls back silently.
+        mask_mod: "layout": the BlockMask's mask_mod is the layout's token mask. "exact": it also encodes the
+            selection, B Hq Qb Kb bytes, for eager use, debugging and ``create_block_mask``.
+        compute_q_blocks: also the transposed tables, which the backward pass needs.
+
+    Returns:
+        A BlockMask of shape (B, Hq, Lq, Lk) with partial and full blocks apart. Its attribute ``structure`` is
+        the bound layout. Nothing waits for the device, no gradient flows through the choice.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, what came, and the fix.
+    """
+    config = config or StemConfig()
+    check_qkv(q, k, v)
+    if mask_mod not in ("layout", "exact"):
+        raise ValueError(f"mask_mod must be 'layout' or 'exact', got {mask_mod!r}")
+    q, k, v = q.detach(), k.detach(), v.detach()
+    bound = bind_to(q, k, layout, q_offset=q_offset, kv_len=kv_len, prompt_len=prompt_len, config=config)
+    if resolve(impl, q) == "triton":
+        tables = _triton_tables(q, k, v, bound, config, budget)
+    else:
+        scores = torch_scores(q, k, v, bound, config)
+        tables = select_blocks(scores, bound, config, budget=budget, impl="torch")
+    return assemble(tables, bound, exact=mask_mod == "exact", compute_q_blocks=compute_q_blocks)
+
+
+def layout_block_mask(
+    layout: Layout,
+    B: int,
+    H: int,
+    Lq: int,
+    Lk: int,
+    *,
+    q_offset: int | Tensor = 0,
+    kv_len: int | Tensor | None = None,
+    block_size: int | tuple[int, int] = 128,
+    device: torch.device | str = "cpu",
+    compute_q_blocks: bool = False,
+) -> BlockMask:
+    """The layout itself as a BlockMask: everything it allows, nothing chosen, without N x N.
+
+    Equal to ``create_block_mask`` on the layout's token mask. B and H may be 1 where the layout does not
+    depend on them.
+    """
+    block_size = (block_size, block_size) if isinstance(block_size, int) else block_size
+    bound = layout.bind(B, H, Lq, Lk, q_offset=q_offset, kv_len=kv_len, block_size=block_size, device=device)
+    classes = bound.dense_classes()
+    width, partial_columns = table_shape(bound, bound.k_blocks)
+    keep = (classes > 0).expand(B, H, -1, -1)
+    return assemble(compact(keep, classes, width, partial_columns), bound, compute_q_blocks=compute_q_blocks)
+
+
+def assemble(
+    tables: BlockTables, bound: BoundLayout, *, exact: bool = False, compute_q_blocks: bool = False
+) -> BlockMask:
+    """The BlockMask of chosen blocks under a bound layout."""
+    mask = tables.block_mask(bound.mask_mod, bound.seq_lengths, bound.block_size, compute_q_blocks)
+    if exact:
+        mask.mask_mod = _exact_mod(block_classes(mask) > 0, bound)
+    mask.structure = bound  # type: ignore[attr-defined]
+    return mask
+
+
+def _exact_mod(keep: Tensor, bound: BoundLayout) -> MaskModFn:
+    q_block, k_block = bound.block_size
+    last_row, last_block = keep.shape[2] - 1, keep.shape[3] - 1
+    inner = bound.mask_mod
+
+    def stem_mask(b, h, q, kv):
+        # flex_attention rounds lengths up to its own tiles, which may pass the last block
+        row, block = (q // q_block).clamp(max=last_row), (kv // k_block).clamp(max=last_block)
+        return keep[b, h, row, block] & inner(b, h, q, kv)
+
+    return stem_mask
+
+
+def _triton_tables(
+    q: Tensor, k: Tensor, v: Tensor, bound: BoundLayout, config: StemConfig, budget: int | Tensor | None
+) -> BlockTables:
+    from stem_flex.kernels import ops
+
+    row_budget, most_kept = budget_rows(bound, config, budget, q.shape[1])
+    width, partial_columns = table_shape(bound, most_kept)
+    buffer, counts = ops.tables(q, k, v, bound, config, row_budget, partial_columns, width)
+    return BlockTables(buffer, counts, width, partial_columns, bound.k_blocks)

@@ -1,0 +1,123 @@
+"""Compact index tables and the BlockMask that flex_attention reads them from.
+
+One int32 buffer holds both tables. Row (b, h, i) of query blocks owns ``width`` entries of it: its partial
+blocks from column 0, its full blocks from column ``partial_columns``, both ascending. The BlockMask sees two
+views of equal strides, as flex_attention's kernels take for granted, and of logical width Kb, as
+``BlockMask.to_dense`` and the CPU kernel do; rows of a view overlap beyond their counts, where nothing reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from stem_flex.binding import BoundLayout, MaskModFn
+from stem_flex.classes import FULL, PARTIAL
+
+_PAIRS_AT_ONCE = 2**25  # pairs of blocks compacted at a time, some 30 bytes each
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTables:
+    """Kept blocks of every row.
+
+    Attributes:
+        buffer: int32 (B * H * Qb * width + Kb + partial_columns,).
+        counts: int32 (2, B, H, Qb), partial and full blocks of each row.
+        width: entries of a row.
+        partial_columns: first entry of a row's full blocks.
+        k_blocks: Kb.
+    """
+
+    buffer: Tensor
+    counts: Tensor
+    width: int
+    partial_columns: int
+    k_blocks: int
+
+    def view(self, offset: int) -> Tensor:
+        """The table that starts at column ``offset``, int32 (B, H, Qb, Kb)."""
+        _, batch, heads, q_blocks = self.counts.shape
+        strides = (heads * q_blocks * self.width, q_blocks * self.width, self.width, 1)
+        return self.buffer.as_strided((batch, heads, q_blocks, self.k_blocks), strides, offset)
+
+    def block_mask(
+        self,
+        mask_mod: MaskModFn,
+        seq_lengths: tuple[int, int],
+        block_size: tuple[int, int],
+        compute_q_blocks: bool = False,
+    ) -> BlockMask:
+        """The BlockMask of these tables; ``compute_q_blocks`` adds what the backward pass needs."""
+        return BlockMask.from_kv_blocks(
+            self.counts[0],
+            self.view(0),
+            self.counts[1],
+            self.view(self.partial_columns),
+            BLOCK_SIZE=block_size,
+            mask_mod=mask_mod,
+            seq_lengths=seq_lengths,
+            compute_q_blocks=compute_q_blocks,
+        )
+
+
+def table_shape(bound: BoundLayout, most_kept: int) -> tuple[int, int]:
+    """(width, partial_columns) of rows that keep at most ``most_kept`` blocks, a multiple of 4 each."""
+    most_kept = -(-most_kept // 4) * 4
+    partial = most_kept if bound.partial_columns is None else bound.partial_columns
+    return partial + most_kept, partial
+
+
+def compact(keep: Tensor, classes: Tensor, width: int, partial_columns: int) -> BlockTables:
+    """Tables of the kept blocks, in PyTorch.
+
+    Args:
+        keep: bool (B, H, Qb, Kb).
+        classes: int8, broadcastable to ``keep``; kept blocks are PARTIAL or FULL.
+        width, partial_columns: see :func:`table_shape`.
+    """
+    batch, heads, q_blocks, k_blocks = keep.shape
+    classes = classes.expand(keep.shape)
+    tail = k_blocks + partial_columns
+    rows = batch * heads * q_blocks
+    buffer = torch.zeros(rows * width + tail, dtype=torch.int32, device=keep.device)
+    counts = torch.empty(2, batch, heads, q_blocks, dtype=torch.int32, device=keep.device)
+    table = buffer[: rows * width].view(batch, heads, q_blocks, width)
+    at_once = max(1, _PAIRS_AT_ONCE // (batch * heads * k_blocks))
+    for first in range(0, q_blocks, at_once):
+        chunk = slice(first, first + at_once)
+        kept, kinds = keep[:, :, chunk], classes[:, :, chunk]
+        chosen = torch.stack([kept & (kinds == PARTIAL), kept & (kinds == FULL)])
+        counts[:, :, :, chunk] = chosen.sum(-1)
+        table[:, :, chunk] = _rows(chosen, width, partial_columns)
+    return BlockTables(buffer, counts, width, partial_columns, k_blocks)
+
+
+def _rows(chosen: Tensor, width: int, partial_columns: int) -> Tensor:
+    _, *shape, k_blocks = chosen.shape
+    key = torch.arange(k_blocks, dtype=torch.int32, device=chosen.device).expand(chosen.shape[1:])
+    rows = torch.zeros(*shape, width + 1, dtype=torch.int32, device=chosen.device)
+    for blocks, column in zip(chosen, (0, partial_columns), strict=True):
+        place = blocks.cumsum(-1) - 1 + column
+        rows.scatter_(-1, torch.where(blocks, place, width), key)  # the last column takes what is dropped
+    return rows[..., :width]
+
+
+def block_classes(block_mask: BlockMask) -> Tensor:
+    """Classes that the block lists of any BlockMask state, int8 (B, H, Qb, Kb); 0 is not computed."""
+    k_blocks = -(-block_mask.seq_lengths[1] // block_mask.BLOCK_SIZE[1])
+    classes = _listed(block_mask.kv_num_blocks, block_mask.kv_indices, k_blocks).to(torch.int8) * PARTIAL
+    if block_mask.full_kv_num_blocks is not None:
+        full = _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, k_blocks)
+        classes = torch.where(full, FULL, classes)
+    return classes
+
+
+def _listed(counts: Tensor, indices: Tensor, k_blocks: int) -> Tensor:
+    column = torch.arange(indices.shape[-1], device=indices.device)
+    index = torch.where(column < counts[..., None], indices, k_blocks).long()
+    found = torch.zeros(*indices.shape[:-1], k_blocks + 1, dtype=torch.bool, device=indices.device)
+    return found.scatter_(-1, index, True)[..., :k_blocks]
