@@ -127,10 +127,12 @@ def _routing(q: Tensor, k: Tensor, stride: int, BQ: int, BK: int) -> Tensor:
     cells = torch.zeros(q.shape[0] // stride, k.shape[0] // stride, dtype=q.dtype)
     for r in range(stride):
         cells += q[stride - 1 - r :: stride] @ k[r::stride].T
-    cells /= math.sqrt(q.shape[1]) * stride
     nq, nk = BQ // stride, BK // stride
+    # Scaled last: the means of small integers are exact, so equal scores stay equal.
     means = [[part.mean() for part in rows.split(nk, dim=1)] for rows in cells.split(nq, dim=0)]
-    return torch.tensor([[x.item() for x in row] for row in means], dtype=q.dtype)
+    return torch.tensor([[x.item() for x in row] for row in means], dtype=q.dtype) / (
+        math.sqrt(q.shape[1]) * stride
+    )
 
 
 def value_magnitude(v: Tensor, valid: tuple[int, int], config: StemConfig) -> Tensor:

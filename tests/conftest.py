@@ -1,0 +1,60 @@
+"""Profiles, markers and small inputs shared by the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+
+# ci repeats the same few hundred examples everywhere; deep looks for new ones:
+#   pytest --hypothesis-profile=deep
+settings.register_profile("ci", max_examples=30, derandomize=True, **_COMMON)
+settings.register_profile("deep", max_examples=2000, **_COMMON)
+settings.load_profile("ci")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests, and say why, where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, torch.cuda.is_available() is False")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def make_qkv() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """``make_qkv(B, Hq, Hkv, Lq, D, ...)``: normal q, k, v with a mean, so that blocks differ."""
+
+    def make(
+        B: int = 2,
+        Hq: int = 4,
+        Hkv: int = 2,
+        Lq: int = 200,
+        D: int = 16,
+        *,
+        Lk: int | None = None,
+        Dv: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        Lk = Lq if Lk is None else Lk
+        shapes = ((B, Hq, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, D if Dv is None else Dv))
+        q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) + 0.2 for shape in shapes)
+        v = v * torch.rand(*v.shape[:-1], 1, generator=generator, dtype=torch.float64).mul(3).exp()
+        return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+
+    return make
