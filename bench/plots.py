@@ -27,6 +27,9 @@ def panels(path: Path, title: str, parts: Sequence[Mapping[str, Any]]) -> Path |
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    parts = [part for part in parts if any(part["series"].values())]
+    if not parts:
+        return None
     names = list(dict.fromkeys(name for part in parts for name in part["series"]))
     color = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
     figure, axes = pyplot.subplots(1, len(parts), figsize=(6.2 * len(parts), 4.6), squeeze=False)
@@ -63,6 +66,7 @@ def _draw(axis: Any, part: Mapping[str, Any], color: Mapping[str, str]) -> None:
     axis.minorticks_off()
     if part.get("log"):
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
     else:
         axis.set_ylim(bottom=0)
     axis.set_title(part["title"], loc="left", fontsize=10.5, color=INK)

@@ -26,7 +26,7 @@ LENGTHS = "4K,8K,16K,32K,64K,128K,256K,512K,1M"
 NAMES = {
     "fa2": "SDPA FlashAttention-2",
     "cudnn": "SDPA cuDNN",
-    "flex": "flex TRITON, dense",
+    "flex": "flex, dense",
     "fa4": "flash-attn-4",
     "sdpa": "SDPA",
     "stem_triton": "Stem TRITON",
@@ -98,7 +98,7 @@ class Length:
 
     def rate(self, pairs: float, timing: report.Timing) -> float:
         """TFLOP/s of both products (Q K^T and P V) over ``pairs``."""
-        return round(4 * self.options.dim * pairs / timing.median / 1e9, 1)
+        return round(4 * self.options.dim * pairs / timing.median / 1e9, 3)
 
     def stem_cell(self, backend: str) -> dict[str, Any]:
         """Stem through one backend: total, mask alone, attention alone, rate inside the kept blocks."""
@@ -171,8 +171,7 @@ def present(rows: list[dict[str, Any]], options: argparse.Namespace, header: dic
     heads = f"{options.heads}/{options.kv_heads} heads of {options.dim}"
     title = f"Causal prefill, {machine}, {heads}, {options.dtype}"
     times = [
-        [report.short(row["tokens"]), *(_cell(row, name) for name in [*dense_names, *stems, *autos])]
-        for row in rows
+        [report.short(row["tokens"]), *(_cell(row, name) for name in [*dense_names, *stems, *autos])] for row in rows
     ]
     notes = [
         f"{report.short(row['tokens'])} {name}: {cell.get('error') or cell['skipped']}"
@@ -199,7 +198,7 @@ def present(rows: list[dict[str, Any]], options: argparse.Namespace, header: dic
                         f"{cell['density']:.3f}",
                         f"{cell['mask_ms'].median:.3f}",
                         f"{cell['attention_ms'].median:.2f}",
-                        f"{cell['tflops']:.0f}",
+                        f"{cell['tflops']:.3g}",
                         f"{cell['sampled_error']:.1e}",
                         *ups,
                     ]
@@ -218,13 +217,11 @@ def present(rows: list[dict[str, Any]], options: argparse.Namespace, header: dic
             body,
         )
     print(
-        f"roofline: a matrix product ran at {header['matmul_tflops']:.0f} TFLOP/s in this run; "
+        f"roofline: a matrix product ran at {header['matmul_tflops']:.3g} TFLOP/s in this run; "
         "the mask cannot take less than reading q, k and v once (python -m bench.mask)"
     )
     path = report.write(options.out, "prefill", rows, **header)
-    picture = picture_of(
-        rows, options.out / "prefill.png", title, dense_names, stems, header["matmul_tflops"]
-    )
+    picture = picture_of(rows, options.out / "prefill.png", title, dense_names, stems, header["matmul_tflops"])
     print(f"wrote {path}" + (f" and {picture}" if picture else ""))
 
 
@@ -284,13 +281,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=1.0, help="most time for one cell's timed calls")
     parser.add_argument("--cell-seconds", type=float, default=8.0, help="longest call that is run at all")
-    parser.add_argument(
-        "--skip-dense-above", type=int, default=524288, help="leave dense kernels out above this"
-    )
+    parser.add_argument("--skip-dense-above", type=int, default=524288, help="leave dense kernels out above this")
     parser.add_argument("--check-rows", type=int, default=16, help="(head, query) rows checked before timing")
-    parser.add_argument(
-        "--tolerance", type=float, default=2e-2, help="relative error allowed on sampled rows"
-    )
+    parser.add_argument("--tolerance", type=float, default=2e-2, help="relative error allowed on sampled rows")
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     options = parser.parse_args(arguments)
     if options.backends is None:
@@ -303,7 +296,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     options = parse(arguments)
     config = choose_config(options.config)
     rate = matmul_rate(torch.device(options.device), report.DTYPES[options.dtype])
-    header = {"environment": report.environment(), "options": vars(options), "matmul_tflops": round(rate, 1)}
+    header = {"environment": report.environment(), "options": vars(options), "matmul_tflops": round(rate, 3)}
     rows: list[dict[str, Any]] = []
     for length in options.lengths:
         start = time.perf_counter()

@@ -252,14 +252,10 @@ def _flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
         value = asdict(value)
     if not isinstance(value, dict):
         return [(prefix, value)]
-    return [
-        pair for key, item in value.items() for pair in _flatten(item, f"{prefix}.{key}" if prefix else key)
-    ]
+    return [pair for key, item in value.items() for pair in _flatten(item, f"{prefix}.{key}" if prefix else key)]
 
 
-def show(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()
-) -> None:
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
     """Print one table with rich, or as aligned text where rich is not installed."""
     try:
         from rich.console import Console
@@ -270,11 +266,13 @@ def show(
         for row in [columns, *rows]:
             print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     else:
-        table = Table(title=title, title_justify="left", header_style="bold")
+        table = Table(header_style="bold")
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
         for row in rows:
             table.add_row(*row)
-        Console(width=None if sys.stdout.isatty() else 180).print(table)
+        console = Console(width=None if sys.stdout.isatty() else 180)
+        console.print(f"\n[bold]{title}[/bold]")
+        console.print(table)
     for note in notes:
         print(note)

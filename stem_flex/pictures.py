@@ -17,10 +17,10 @@ from stem_flex.inspection import MaskReader, check_block_mask, listed_blocks
 
 _MOST_CELLS = 1024  # blocks drawn along a side; longer prompts show every n-th block
 _INK, _PALE = "#22303c", "#c3ccd4"
-_SKIPPED, _FORCED = 3, 4  # beside EMPTY, PARTIAL and FULL
-_COLORS = ("#ffffff", "#f2a541", "#1f7a8c", "#e3e9ee", "#7b4b94")
-_NAMES = ("masked", "kept, partial", "kept, full", "skipped", "kept, forced")
-_ORDER = (FULL, PARTIAL, _FORCED, _SKIPPED)
+_SKIPPED, _FORCED = 3, 3  # beside EMPTY, PARTIAL and FULL; a forced block's class is its own plus _FORCED
+_COLORS = ("#ffffff", "#f2a541", "#1f7a8c", "#e3e9ee", "#c9a3d6", "#7b4b94")
+_NAMES = ("masked", "chosen, partial", "chosen, full", "skipped", "forced, partial", "forced, full")
+_ORDER = (FULL, PARTIAL, FULL + _FORCED, PARTIAL + _FORCED, _SKIPPED)
 
 
 def plot_block_mask(
@@ -32,7 +32,7 @@ def plot_block_mask(
     config: StemConfig | None = None,
     title: str | None = None,
 ) -> Path:
-    """Draw which blocks each head computes, as a PNG: kept in full, in part or by force, skipped, masked.
+    """Draw which blocks each head computes, as a PNG: chosen or forced, in full or in part, and skipped.
 
     Args:
         block_mask: any BlockMask.
@@ -62,7 +62,8 @@ def plot_block_mask(
     if config is not None and reader.bound is None:
         raise ValueError("config must be None for a BlockMask that stem_block_mask did not build")
     pictures = [_cells(block_mask, reader, batch, head, config) for head in heads]
-    figure = figure_type(figsize=(0.9 + 3.6 * len(heads), 4.6), layout="constrained")
+    figure = figure_type(figsize=(0.9 + 3.6 * len(heads), 4.9), layout="constrained")
+    figure.get_layout_engine().set(rect=(0.0, 0.0, 1.0, 0.93))
     axes = figure.subplots(1, len(heads), squeeze=False, sharey=True)[0]
     for axis, head, (cells, step, density) in zip(axes, heads, pictures, strict=True):
         _draw(axis, cells)
@@ -72,7 +73,8 @@ def plot_block_mask(
     _legend(figure, set().union(*(cells.unique().tolist() for cells, _, _ in pictures)))
     mean = sum(density for _, _, density in pictures) / len(pictures)
     heading = title or f"{block_mask.seq_lengths[0]:,} queries, {block_mask.seq_lengths[1]:,} keys"
-    figure.suptitle(f"{heading}: {mean:.1%} of dense attention computed", fontsize=12, weight="bold", color=_INK)
+    heading = f"{heading}: {mean:.1%} of dense attention computed"
+    figure.suptitle(heading, x=0.012, y=0.985, ha="left", fontsize=12, weight="bold", color=_INK)
     figure.savefig(path, dpi=140)
     return Path(path)
 
@@ -113,7 +115,7 @@ def _cells(
         kept = line > 0
         computed, total = computed + int(kept.sum()), total + int((allowed | kept).sum())
         if config is not None:
-            line = torch.where(kept & allowed & _forced(reader, b, row, allowed, config), _FORCED, line)
+            line = line + _FORCED * (kept & allowed & _forced(reader, b, row, allowed, config))
         lines.append(torch.where(allowed & ~kept, _SKIPPED, line)[::step])
     return torch.stack(lines), step, computed / total if total else 1.0
 

@@ -197,10 +197,11 @@ def test_forced_cells_are_the_sink_and_the_diagonal():
     cells, step, density = pictures._cells(mask, reader, 0, 0, SMALL)
     assert step == 1
     assert 0 < density < 1
-    forced = cells == 4
+    forced = (cells == 4) | (cells == 5)
     expected = torch.eye(10, dtype=torch.bool)
     expected[:, 0] = True
     assert torch.equal(forced, expected)
+    assert (cells.diagonal() == 4).all(), "causal diagonal blocks are partial"
 
 
 def test_pictures_without_matplotlib_say_what_to_install():
