@@ -91,6 +91,17 @@ class BoundLayout:
         q_block, k_block = self.block_size
         return -(-2 * (-(-q_block // k_block) + 1) // 4) * 4
 
+    @property
+    def restrictions(self) -> tuple[Tensor | None, ...]:
+        """classes, key_start, key_end, query_start, query_end, as the kernels take them."""
+        return self.classes, self.key_start, self.key_end, self.query_start, self.query_end
+
+    @property
+    def causal_offset(self) -> int | None:
+        """q_offset if the host knows it and no row reaches past its own positions, else None."""
+        causal = any(part.forbids_future() for part in self.layout.parts())
+        return self.geometry.q_offset if causal and not isinstance(self.geometry.q_offset, Tensor) else None
+
     def budget(self, config: StemConfig) -> Tensor:
         """TPD budget of every row, int32 (1 or B, 1, Qb)."""
         if self._budgets is not None and config in self._budgets:

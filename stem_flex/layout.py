@@ -84,12 +84,19 @@ class Layout:
 
     plain_causal = False
 
+    def forbids_future(self) -> bool:
+        """Whether no key after the query's own position is allowed."""
+        return False
+
 
 @dataclass(frozen=True)
 class Causal(Layout):
     """See :func:`causal`."""
 
     plain_causal = True
+
+    def forbids_future(self) -> bool:
+        return True
 
     def spans(self, geometry: Geometry) -> Spans:
         return Spans(torch.zeros_like(geometry.positions), geometry.positions + 1)
@@ -112,6 +119,9 @@ class SlidingWindow(Layout):
 
     def spans(self, geometry: Geometry) -> Spans:
         return Spans(geometry.positions - (self.window - 1), geometry.positions + 1)
+
+    def forbids_future(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +179,9 @@ class Padding(Layout):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.lengths,)
 
+    def forbids_future(self) -> bool:
+        return self.causal
+
 
 @dataclass(frozen=True, eq=False)
 class Documents(Layout):
@@ -198,6 +211,9 @@ class Documents(Layout):
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.starts, self.ends)
+
+    def forbids_future(self) -> bool:
+        return self.causal
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,11 +248,11 @@ class FromBlockMask(Layout):
     mod: MaskModFn = field(repr=False)
 
     @property
-    def B(self) -> int:
+    def B(self) -> int:  # noqa: N802 - as flex_attention has it
         return self.block_mask.kv_num_blocks.shape[0]
 
     @property
-    def H(self) -> int:
+    def H(self) -> int:  # noqa: N802
         return self.block_mask.kv_num_blocks.shape[1]
 
     def token_mask(self, geometry: Geometry) -> MaskModFn:
@@ -255,7 +271,6 @@ class And(Layout):
         return self.left.parts() + self.right.parts()
 
 
-@functools.cache
 _CAUSAL, _FULL = Causal(), Full()  # one object each, so that every call shares its bindings
 
 
@@ -264,7 +279,6 @@ def causal() -> Layout:
     return _CAUSAL
 
 
-@functools.cache
 def full() -> Layout:
     """Every query keeps every key: the non-causal base to intersect others with."""
     return _FULL

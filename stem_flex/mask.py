@@ -11,7 +11,7 @@ from stem_flex._impl import resolve
 from stem_flex.binding import BoundLayout, MaskModFn
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
-from stem_flex.score import bind_to, torch_scores
+from stem_flex.score import bind_to, score_options, torch_scores
 from stem_flex.select import budget_rows, select_blocks
 from stem_flex.tables import BlockTables, block_classes, compact, table_shape
 
@@ -129,9 +129,23 @@ def _exact_mod(keep: Tensor, bound: BoundLayout) -> MaskModFn:
 def _triton_tables(
     q: Tensor, k: Tensor, v: Tensor, bound: BoundLayout, config: StemConfig, budget: int | Tensor | None
 ) -> BlockTables:
-    from stem_flex.kernels import ops
+    from stem_flex.kernels.ops import stem_tables
 
     row_budget, most_kept = budget_rows(bound, config, budget, q.shape[1])
     width, partial_columns = table_shape(bound, most_kept)
-    buffer, counts = ops.tables(q, k, v, bound, config, row_budget, partial_columns, width)
+    buffer, counts = stem_tables(
+        q,
+        k,
+        v,
+        bound.rows,
+        row_budget,
+        *bound.restrictions,
+        **score_options(config),
+        sink=config.sink_blocks,
+        local=config.local_blocks,
+        partial_columns=partial_columns,
+        width=width,
+        max_key_blocks=bound.k_blocks,
+        causal_offset=bound.causal_offset,
+    )
     return BlockTables(buffer, counts, width, partial_columns, bound.k_blocks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from einops import rearrange, reduce
@@ -61,9 +62,9 @@ def oam_scores(
     q, k, v = q.detach(), k.detach(), v.detach()
     bound = bind_to(q, k, layout, q_offset=q_offset, kv_len=kv_len, prompt_len=None, config=config)
     if resolve(impl, q) == "triton":
-        from stem_flex.kernels import ops
+        from stem_flex.kernels.ops import scores as triton_scores
 
-        return ops.scores(q, k, v, bound, config)
+        return triton_scores(q, k, v, bound.rows, *bound.restrictions, **score_options(config))
     scores = torch_scores(q, k, v, bound, config)
     return scores.masked_fill(bound.dense_classes() == EMPTY, -math.inf)
 
@@ -96,6 +97,17 @@ def bind_to(
         prompt_len=prompt_len,
         block_size=(config.query_block, config.key_block),
         device=q.device,
+    )
+
+
+def score_options(config: StemConfig) -> dict[str, Any]:
+    """The configuration's part of the scoring kernels' arguments."""
+    return dict(
+        block_q=config.query_block,
+        block_k=config.key_block,
+        stride=config.stride,
+        metric=config.metric,
+        value_weight=float(config.value_weight),
     )
 
 

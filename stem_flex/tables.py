@@ -52,16 +52,32 @@ class BlockTables:
         compute_q_blocks: bool = False,
     ) -> BlockMask:
         """The BlockMask of these tables; ``compute_q_blocks`` adds what the backward pass needs."""
+        partial, full = self.view(0), self.view(self.partial_columns)
+        partial_counts, full_counts = self.counts
+        if torch.compiler.is_compiling() and self.buffer.device.type == "cpu":
+            partial, full, partial_counts, full_counts = _apart([partial, full, partial_counts, full_counts])
         return BlockMask.from_kv_blocks(
-            self.counts[0],
-            self.view(0),
-            self.counts[1],
-            self.view(self.partial_columns),
+            partial_counts,
+            partial,
+            full_counts,
+            full,
             BLOCK_SIZE=block_size,
             mask_mod=mask_mod,
             seq_lengths=seq_lengths,
             compute_q_blocks=compute_q_blocks,
         )
+
+
+# Traced into one graph, Inductor's CPU template declares two views of one buffer only once. An opaque operator's
+# results are buffers of their own.
+@torch.library.custom_op("stem_flex::apart", mutates_args=())
+def _apart(views: list[Tensor]) -> list[Tensor]:
+    return [view.clone(memory_format=torch.contiguous_format) for view in views]
+
+
+@_apart.register_fake
+def _(views):
+    return [torch.empty(view.shape, dtype=view.dtype, device=view.device) for view in views]
 
 
 def table_shape(bound: BoundLayout, most_kept: int) -> tuple[int, int]:
