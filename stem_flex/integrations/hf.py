@@ -1,0 +1,225 @@
+"""Stem in transformers: ``attn_implementation="stem_flex"`` for causal language models.
+
+    import stem_flex.integrations.hf as stem_hf     # registers the name
+
+    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="stem_flex")
+    # or, for an existing model, with options and checks:
+    stem_hf.apply(model, StemConfig(...), dense_layers=(0, 1))
+
+Long plain-causal prefill runs block-sparse by Stem, padded, packed, chunked or over a cache as it comes. Window
+and chunk layers, and masks that are not recognised, run exactly under compiled flex_attention. Decode, short
+prompts, tiny chunks and encoders run as before.
+
+Budgets follow the whole prompt's length. ``generate`` of a model that :func:`apply` prepared knows it, also with
+``prefill_chunk_size``; around forwards of your own say it with :func:`prompt_length`. Where it is not known, the
+tokens seen so far (cache and chunk) count as the prompt, so that an early chunk gets the budget of a prompt that
+ends with it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from stem_flex.config import StemConfig
+from stem_flex.integrations.hf_attention import MODE, stem_attention_forward
+from stem_flex.integrations.hf_masks import prompt_tokens, stem_mask
+from stem_flex.integrations.hf_settings import (
+    DEFAULT_DENSE_LAYERS,
+    DEFAULT_MIN_TOKENS,
+    FALLBACKS,
+    Settings,
+    refuse_own_selection,
+)
+from stem_flex.integrations.hf_trace import Call, Trace, trace
+
+__all__ = ["Call", "Trace", "apply", "prompt_length", "register", "remove", "trace"]
+
+_OLDEST = (5, 5)
+_STATE = "_stem_flex_before"
+# transformers looks for these inside a name and then runs other checks, or other kernels
+_TAKEN = ("flash", "sdpa", "flex_attention", "eager", "/", "|")
+
+
+def register(name: str = "stem_flex") -> None:
+    """Make ``attn_implementation=name`` known to transformers. Importing this module does it for "stem_flex".
+
+    Raises:
+        ImportError: transformers is older than 5.5, whose mask functions are called differently.
+        ValueError: transformers would take the name for another implementation.
+    """
+    version = importlib.metadata.version("transformers")
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+        raise ImportError(f"stem_flex needs transformers 5.5 or newer, got {version}; pip install -U transformers")
+    taken = [part for part in _TAKEN if part in name]
+    if taken or not name:
+        raise ValueError(f"name must not be empty or contain {taken}, got {name!r}; use 'stem_flex:fast', say")
+    AttentionInterface.register(name, stem_attention_forward)
+    AttentionMaskInterface.register(name, stem_mask)
+
+
+def apply(
+    model: PreTrainedModel,
+    config: StemConfig | None = None,
+    *,
+    dense_layers: Iterable[int] | Callable[[int], bool] = DEFAULT_DENSE_LAYERS,
+    min_tokens: int = DEFAULT_MIN_TOKENS,
+    name: str = "stem_flex",
+) -> PreTrainedModel:
+    """Switch a causal language model to Stem, in place; of a composite model the text model only.
+
+    Args:
+        model: any transformers causal model that uses the attention interface.
+        config: Stem's options, None means ``StemConfig()``.
+        dense_layers: layers that stay dense, as ``layer_idx`` (negative ones count from the end), or a function
+            of ``layer_idx``. Window and chunk layers are exact in any case.
+        min_tokens: a forward that makes fewer keys (cache included) runs as before, and so does a chunk of fewer
+            than ``min(min_tokens, 128)`` queries. 0 with ``dense_layers=()`` sends every plain-causal prefill
+            of more than one token to Stem; with more, prompts that are as fast dense run dense.
+        name: as registered.
+
+    Returns:
+        The same model. The settings are kept as JSON on its text config (``config.stem_flex``), which
+        ``save_pretrained`` saves, and on the attention modules (attribute ``stem_flex_mode``, "stem" or
+        "dense", which may be changed).
+
+    Raises:
+        TypeError: ``model`` is not a transformers model, or one of its classes has no attention interface.
+        NotImplementedError: the model selects its own keys.
+        ValueError: a layer that the model does not have, or a name that is not registered.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    if name not in AttentionInterface().valid_keys():
+        raise ValueError(f"name must be registered, got {name!r}; call stem_flex.integrations.hf.register({name!r})")
+    text = model.config.get_text_config(decoder=True)
+    refuse_own_selection(text)
+    if _STATE in model.__dict__:
+        remove(model)
+    owner = _owner(model, text)
+    before = text._attn_implementation
+    layers = _attention_layers(owner, text)
+    dense = _dense(dense_layers, [module.layer_idx for module in layers])
+    settings = Settings(
+        config=config or StemConfig(),
+        dense_layers=dense,
+        min_tokens=min_tokens,
+        fallback=before if before in FALLBACKS else "sdpa",
+    )
+    state = {"implementation": before, "settings": getattr(text, "stem_flex", None)}
+    owner.set_attn_implementation({"": name})
+    if text._attn_implementation != name:
+        raise RuntimeError(f"{type(owner).__name__} kept attention {before!r}; transformers refused {name!r}")
+    model.__dict__[_STATE] = state
+    text.stem_flex = settings.to_json()
+    for module in layers:
+        setattr(module, MODE, "dense" if module.layer_idx in dense else "stem")
+    if hasattr(model, "generate"):
+        model.__dict__["generate"] = types.MethodType(_generate, model)
+    return model
+
+
+def remove(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo :func:`apply`: the attention, the config and the modules as they were. Returns the same model.
+
+    Raises:
+        ValueError: ``apply`` did not prepare this model.
+    """
+    state = model.__dict__.pop(_STATE, None)
+    if state is None:
+        raise ValueError("model must have been prepared by stem_flex.integrations.hf.apply, which it was not")
+    text = model.config.get_text_config(decoder=True)
+    owner = _owner(model, text)
+    owner.set_attn_implementation({"": state["implementation"]})
+    if state["settings"] is None:
+        del text.stem_flex
+    else:
+        text.stem_flex = state["settings"]
+    for module in _attention_layers(owner, text):
+        if MODE in module.__dict__:
+            delattr(module, MODE)
+    model.__dict__.pop("generate", None)
+    return model
+
+
+@contextmanager
+def prompt_length(tokens: int) -> Iterator[None]:
+    """Say how long the whole prompt is, padding included, around forwards that each see a part of it.
+
+    Chunks then get the budgets that one forward over the whole prompt would have had::
+
+        with prompt_length(ids.shape[1]):
+            for chunk in ids.split(8192, dim=1):
+                model(chunk, past_key_values=cache)
+    """
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"tokens must be a positive int, got {tokens!r}")
+    token = prompt_tokens.set(tokens)
+    try:
+        yield
+    finally:
+        prompt_tokens.reset(token)
+
+
+def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``generate`` of the model's class, which lets the masks know how long the prompt is."""
+    inputs = args[0] if args else kwargs.get("inputs")
+    for given in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), inputs):
+        if isinstance(given, torch.Tensor) and given.dim() >= 2 and given.shape[1] > 0:
+            with prompt_length(given.shape[1]):
+                return type(self).generate(self, *args, **kwargs)
+    return type(self).generate(self, *args, **kwargs)
+
+
+_generate.__name__ = "generate"  # a bound method is pickled by its name
+
+
+def _owner(model: PreTrainedModel, text: Any) -> PreTrainedModel:
+    """The outermost model that has the text config as its own."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.config is text:
+            if not _has_interface(type(module), module):
+                raise TypeError(
+                    f"{type(module).__name__} does not use transformers' attention interface, so its attention "
+                    "cannot be replaced; stem_flex serves models that do, and stem_flex.stem_attention any tensors"
+                )
+            return module
+    raise TypeError(f"{type(model).__name__} holds no model for its text config, so nothing can be switched")
+
+
+def _has_interface(_: type, model: PreTrainedModel) -> bool:
+    return all(
+        module._can_set_attn_implementation() for module in model.modules() if isinstance(module, PreTrainedModel)
+    )
+
+
+def _attention_layers(model: PreTrainedModel, text: Any) -> list[Any]:
+    return [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+        and getattr(module, "config", text) is text
+        and "attention" in type(module).__name__.lower()
+    ]
+
+
+def _dense(dense_layers: Iterable[int] | Callable[[int], bool], layers: list[int]) -> tuple[int, ...]:
+    known = sorted(set(layers))
+    if callable(dense_layers):
+        return tuple(layer for layer in known if dense_layers(layer))
+    wanted = list(dense_layers)
+    count = max(known, default=-1) + 1
+    chosen = [layer + count if layer < 0 else layer for layer in wanted]
+    if wanted != list(DEFAULT_DENSE_LAYERS) and any(layer < 0 or layer >= count for layer in chosen):
+        raise ValueError(f"dense_layers must be layers of the model, 0 to {count - 1}, got {wanted}")
+    return tuple(sorted(set(chosen)))
+
+
+register()

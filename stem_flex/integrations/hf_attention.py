@@ -1,0 +1,250 @@
+"""The attention function of the transformers integration: which path a layer takes, and the paths."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from stem_flex.attention import explain, sparse_prefill
+from stem_flex.backend import flash_refusal
+from stem_flex.dense import dense_causal
+from stem_flex.integrations.hf_fallback import fallback_attention
+from stem_flex.integrations.hf_masks import StemMask
+from stem_flex.integrations.hf_settings import is_prefill, raw_settings
+from stem_flex.integrations.hf_trace import record
+from stem_flex.mask import stem_block_mask
+from stem_flex.tables import block_classes
+
+MODE = "stem_flex_mode"  # attribute of an attention module: "stem" or "dense"
+
+
+def stem_attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: StemMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls in every attention layer under ``attn_implementation="stem_flex"``.
+
+    Args:
+        module: the attention module; ``layer_idx`` and :data:`MODE` choose between Stem and dense.
+        query: (B, Hq, Lq, D), after position encoding; key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv) after the
+            cache's update, heads not repeated.
+        attention_mask: what :func:`~stem_flex.integrations.hf_masks.stem_mask` made.
+        dropout, scaling: as transformers has them.
+        kwargs: ``softcap`` and ``s_aux`` (attention sinks) are honoured, what changes the result in another
+            way is refused.
+
+    Returns:
+        (B, Lq, Hq, Dv), and None for the attention weights, which no path computes.
+
+    Raises:
+        ValueError, NotImplementedError: naming what is not served and what to use instead.
+    """
+    _refuse(kwargs)
+    # This test stays outside what is hidden from the compiler, so that decode compiles whole.
+    if isinstance(attention_mask, StemMask):
+        return _prefill(module, query, key, value, attention_mask, dropout, scaling, kwargs), None
+    if not torch.compiler.is_compiling():
+        _warn_dense_prefill(module, query, key, attention_mask, kwargs)
+    return fallback_attention(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+
+
+def _refuse(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True needs attention weights, which stem_flex never computes; "
+            "use model.set_attn_implementation('eager')"
+        )
+    for name in ("indices", "block_indices"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"the model selects its own keys (attention argument {name!r}), which stem_flex would overrule; "
+                "use model.set_attn_implementation('sdpa' or 'eager')"
+            )
+
+
+@torch.compiler.disable
+def _prefill(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: StemMask,
+    dropout: float,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    if dropout:
+        raise ValueError(
+            f"dropout must be 0 in a stem_flex prefill, got {dropout}; call model.eval(), or set "
+            "config.attention_dropout = 0"
+        )
+    for name in ("position_bias", "head_mask", "layer_head_mask"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"stem_flex does not serve attention with {name}; use model.set_attn_implementation('sdpa' or 'eager')"
+            )
+    mask.check(query, key)
+    mask = mask.to(query.device)
+    q, k, v = query.detach(), key.detach()[:, :, : mask.used_keys], value.detach()[:, :, : mask.used_keys]
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    stem = mask.kind in ("causal", "packed") and _mode(module, mask) == "stem"
+    kernel = _dense_kernel(q, k, v, mask, stem) if softcap is None and sinks is None else None
+    if kernel is not None:
+        record(module, "dense", q, k)
+        out = dense_causal(q, k, v, scale=scaling, kernel=kernel)
+    else:
+        record(module, "stem" if stem else "exact", q, k)
+        block_mask = _selected(q, k, v, mask) if stem else _exact(mask)
+        out = _attend(q, k, v, block_mask, scaling, softcap, sinks)
+    if torch.is_grad_enabled() and query.requires_grad:
+        out = _NoBackward.apply(out, query)
+    return out.transpose(1, 2).contiguous()
+
+
+def _dense_kernel(q: Tensor, k: Tensor, v: Tensor, mask: StemMask, stem: bool) -> str | None:
+    """The fastest dense kernel, where a plain causal prompt on CUDA is to be dense or is as fast dense."""
+    whole = mask.kind == "causal" and mask.start is None and mask.offset == 0 and k.shape[2] == q.shape[2]
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if not (q.is_cuda and half and whole and v.shape[3] == q.shape[3] <= 256):
+        return None
+    if not stem:
+        return "flash-attn-4" if flash_refusal(q, v, False) is None else "cudnn"
+    if mask.settings.min_tokens == 0 or mask.prompt_len is not None:
+        return None
+    decision = explain(q, k, v, mask.settings.config)
+    return decision.backend if decision.dense else None
+
+
+def _mode(module: torch.nn.Module, mask: StemMask) -> str:
+    mode = getattr(module, MODE, None)
+    if mode is None:
+        mode = "dense" if getattr(module, "layer_idx", None) in mask.settings.dense_layers else "stem"
+    if mode not in ("stem", "dense"):
+        raise ValueError(f"{MODE} of {type(module).__name__} must be 'stem' or 'dense', got {mode!r}")
+    return mode
+
+
+def _selected(query: Tensor, key: Tensor, value: Tensor, mask: StemMask) -> BlockMask:
+    return stem_block_mask(
+        query,
+        key,
+        value,
+        mask.settings.config,
+        layout=mask.layout,
+        q_offset=mask.query_offset,
+        prompt_len=mask.prompt_len,
+        kv_len=mask.kv_len,
+    )
+
+
+def _exact(mask: StemMask) -> BlockMask:
+    config = mask.settings.config
+    return mask.structure((config.query_block, config.key_block))
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    score_mod = None if softcap is None else _softcap(float(softcap))
+    if sinks is None:
+        return sparse_prefill(query, key, value, block_mask, scale=scaling, score_mod=score_mod)
+    if query.device.type == "cpu":  # compiled CPU flex_attention cannot return the lse
+        return _sink_attention_rows(query, key, value, block_mask, scaling, softcap, sinks)
+    out, lse = sparse_prefill(query, key, value, block_mask, scale=scaling, score_mod=score_mod, return_lse=True)
+    # A sink is one more key of logit s and value 0: the softmax over the rest shrinks by e^lse / (e^lse + e^s).
+    return (out * torch.sigmoid(lse - sinks.float().view(1, -1, 1)).unsqueeze(-1)).to(out.dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _softcap(cap: float):
+    def softcap_score(score, b, h, q, kv):
+        return cap * torch.tanh(score / cap)
+
+    return softcap_score
+
+
+def _sink_attention_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor,
+) -> Tensor:
+    """Attention with sinks under a BlockMask, lists and mask_mod, in plain PyTorch, some rows at a time."""
+    batch, heads, queries, dim = query.shape
+    keys = key.shape[2]
+    q_block, k_block = block_mask.BLOCK_SIZE
+    classes = block_classes(block_mask)
+    group = heads // key.shape[1]
+    key, value = (x.repeat_interleave(group, dim=1).float() for x in (key, value))
+    b = torch.arange(batch).view(-1, 1, 1, 1)
+    h = torch.arange(heads).view(1, -1, 1, 1)
+    kv = torch.arange(keys)
+    out = torch.empty(batch, heads, queries, value.shape[-1], dtype=query.dtype)
+    sink = sinks.float().view(1, -1, 1, 1).expand(batch, heads, q_block, 1)
+    for row in range(classes.shape[2]):
+        q = torch.arange(row * q_block, min((row + 1) * q_block, queries))
+        listed = classes[:, :, row].repeat_interleave(k_block, dim=-1)[..., None, :keys]
+        kept = (listed == 2) | ((listed == 1) & block_mask.mask_mod(b, h, q.view(-1, 1), kv))
+        scores = query[:, :, q].float() @ key.mT * (dim**-0.5 if scaling is None else scaling)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~kept, float("-inf"))
+        weights = torch.cat([scores, sink[:, :, : q.numel()]], dim=-1).softmax(-1)[..., :-1]
+        out[:, :, q] = (weights @ value).to(out.dtype)
+    return out
+
+
+class _NoBackward(torch.autograd.Function):
+    """Identity whose gradient is an error: a prefill for inference must not train a model silently."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(
+            "stem_flex serves inference: its prefill has no backward pass; "
+            "train with model.set_attn_implementation('sdpa')"
+        )
+
+
+_warned: set[str] = set()
+
+
+def _warn_dense_prefill(module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """A ready-made mask tensor cannot be read as block lists: say once that this prefill is dense."""
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    settings = raw_settings(getattr(module, "config", None))
+    if not is_causal or not is_prefill(settings, query.shape[2], key.shape[2]):
+        return
+    name = type(module).__name__
+    if name not in _warned:
+        _warned.add(name)
+        got = "no mask" if mask is None else f"a ready-made {mask.dim()}-D mask"
+        warnings.warn(
+            f"{name} got {got} for a prefill of {query.shape[2]} tokens, which stem_flex runs dense; "
+            "pass a 2-D attention_mask, or none",
+            stacklevel=3,
+        )

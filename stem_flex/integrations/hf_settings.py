@@ -1,0 +1,108 @@
+"""What the transformers integration is told, kept as JSON on the text config, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from stem_flex.config import StemConfig
+
+DEFAULT_MIN_TOKENS = 8192  # the default budget keeps every block of a prompt below 56 blocks (7168 tokens)
+DEFAULT_DENSE_LAYERS = (0, 1)
+TINY_QUERIES = 128  # a chunk with fewer queries (decode, speculative tokens) is no prefill worth a selection
+FALLBACKS = ("sdpa", "eager")
+
+# Attention that selects keys by itself and leaves it to the attention function, or to a mask of its own kind,
+# to apply the choice. Stem on top, or a dense attention in its place, would be silently another model.
+_OWN_SELECTION = frozenset(
+    "axk2 deepseek_v32 deepseek_v4 glm_moe_dsa glm5_next glm5_next_text hy_v4 minimax_m3_vl "
+    "minimax_m3_vl_text qwen4_exp qwen4_exp_text".split()
+)
+_OWN_SELECTION_LAYERS = frozenset(
+    "compressed_sparse_attention deepseek_sparse_attention heavily_compressed_attention minimax_m3_sparse "
+    "qwen_sparse_attention".split()
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Options of the integration.
+
+    Args:
+        config: Stem's own options.
+        dense_layers: layers (``layer_idx``) whose plain-causal prefill stays exactly dense.
+        min_tokens: with fewer keys than this, and in chunks of fewer than ``min(min_tokens, 128)`` queries, a
+            forward runs as the model did before.
+        fallback: attention of everything that is not prefill, "sdpa" or "eager".
+    """
+
+    config: StemConfig = field(default_factory=StemConfig)
+    dense_layers: tuple[int, ...] = DEFAULT_DENSE_LAYERS
+    min_tokens: int = DEFAULT_MIN_TOKENS
+    fallback: str = "sdpa"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int):
+            raise TypeError(f"min_tokens must be an int, got {self.min_tokens!r}")
+        if self.min_tokens < 0:
+            raise ValueError(f"min_tokens must be 0 or more, got {self.min_tokens}")
+        if self.fallback not in FALLBACKS:
+            raise ValueError(f"fallback must be one of {FALLBACKS}, got {self.fallback!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings, as a transformers config can save them."""
+        plain = {
+            item.name: getattr(self.config, item.name)
+            for item in dataclasses.fields(self.config)
+            if getattr(self.config, item.name) != item.default
+        }
+        if isinstance(plain.get("block_size"), tuple):
+            plain["block_size"] = list(plain["block_size"])
+        return {
+            "config": plain,
+            "dense_layers": list(self.dense_layers),
+            "min_tokens": self.min_tokens,
+            "fallback": self.fallback,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any] | None) -> Settings:
+        """Inverse of :meth:`to_json`; None and missing keys are the defaults, unknown keys an error."""
+        data = dict(data or {})
+        unknown = data.keys() - {item.name for item in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(
+                f"config.stem_flex has unknown settings {sorted(unknown)}; "
+                f"known ones are {[item.name for item in dataclasses.fields(cls)]}"
+            )
+        config = dict(data.pop("config", None) or {})
+        if isinstance(config.get("block_size"), list):
+            config["block_size"] = tuple(config["block_size"])
+        if "dense_layers" in data:
+            data["dense_layers"] = tuple(data["dense_layers"])
+        return cls(config=StemConfig(**config), **data)
+
+
+def raw_settings(config: Any) -> dict[str, Any]:
+    """The JSON settings on a transformers config, unchecked: cheap, and readable by a compiler."""
+    return getattr(config, "stem_flex", None) or {}
+
+
+def is_prefill(settings: dict[str, Any], queries: int, keys: int) -> bool:
+    """Whether a forward of ``queries`` tokens that makes ``keys`` keys is one for Stem, by host-known lengths."""
+    if queries <= 1:
+        return False
+    min_tokens = settings.get("min_tokens", DEFAULT_MIN_TOKENS)
+    return keys >= min_tokens and queries >= min(min_tokens, TINY_QUERIES)
+
+
+def refuse_own_selection(config: Any) -> None:
+    """Raise for models that bring their own sparse attention."""
+    layers = _OWN_SELECTION_LAYERS.intersection(getattr(config, "layer_types", None) or ())
+    if getattr(config, "model_type", None) in _OWN_SELECTION or layers:
+        raise NotImplementedError(
+            f"stem_flex does not serve {config.model_type!r}: the model selects its own keys "
+            f"({', '.join(sorted(layers)) or 'an indexer'}) and expects the attention function to apply that "
+            "choice; use model.set_attn_implementation('sdpa' or 'eager')"
+        )
