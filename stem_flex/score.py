@@ -62,9 +62,9 @@ def oam_scores(
     q, k, v = q.detach(), k.detach(), v.detach()
     bound = bind_to(q, k, layout, q_offset=q_offset, kv_len=kv_len, prompt_len=None, config=config)
     if resolve(impl, q) == "triton":
-        from stem_flex.kernels.ops import scores as triton_scores
+        from stem_flex.kernels.ops import stem_scores
 
-        return triton_scores(q, k, v, bound.rows, *bound.restrictions, **score_options(config))
+        return stem_scores(q, k, v, bound.rows, *bound.restrictions, **score_options(config))
     scores = torch_scores(q, k, v, bound, config)
     return scores.masked_fill(bound.dense_classes() == EMPTY, -math.inf)
 

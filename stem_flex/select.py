@@ -45,9 +45,9 @@ def select_blocks(
     row_budget, most_kept = budget_rows(bound, config, budget, scores.shape[1])
     width, partial_columns = table_shape(bound, most_kept)
     if resolve(impl, scores) == "triton":
-        from stem_flex.kernels.ops import select
+        from stem_flex.kernels.ops import stem_select
 
-        buffer, counts = select(
+        buffer, counts = stem_select(
             scores.float(),
             bound.rows,
             row_budget,
