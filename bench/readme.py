@@ -1,0 +1,98 @@
+"""``python -m bench.readme``: write the committed results of bench/results into README.md's figures section."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .report import RESULTS, ROOT, short
+
+START = "<!-- figures: python -m bench.readme writes what stands between these marks -->\n"
+END = "<!-- end of figures -->"
+EMPTY = "No results are committed yet: run `python -m bench.mask` and `python -m bench.prefill` on a GPU.\n"
+
+
+def figures(results: Path = RESULTS) -> str:
+    """The section's text for the results that exist."""
+    parts = [table(json.loads(path.read_text())) for name, table in (("prefill", prefill), ("mask", mask))
+             if (path := results / f"{name}.json").exists()]  # fmt: skip
+    return "\n".join(parts) or EMPTY
+
+
+def _ms(row: dict[str, Any], name: str, key: str = "ms") -> str:
+    value = row.get(name, {}).get(key)
+    return f"{value['median']:.3g}" if value else "-"
+
+
+def _up(row: dict[str, Any], over: str) -> str:
+    ours, theirs = (row.get(name, {}).get("ms") for name in ("stem_flash", over))
+    return f"{theirs['median'] / ours['median']:.1f}x" if ours and theirs else "-"
+
+
+def _heading(result: dict[str, Any], what: str) -> str:
+    where, options = result["environment"], result["options"]
+    return (
+        f"{what} `{where['command']}` on one {where['gpu']}: batch 1, {options['heads']} query / "
+        f"{options['kv_heads']} key heads of {options['dim']}, {options['dtype']}, causal, "
+        f"{options['config']} budget, torch {where['torch']}, commit {where['commit']}.\n\n"
+    )
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def prefill(result: dict[str, Any]) -> str:
+    """Times of dense kernels and Stem, and Stem FLASH's speed-ups."""
+    rows = [
+        [
+            short(row["tokens"]),
+            f"{row.get('stem_flash', row.get('stem_triton', {})).get('density', 1):.1%}",
+            *(_ms(row, name) for name in ("fa2", "cudnn", "fa4", "stem_triton", "stem_flash")),
+            *(_up(row, over) for over in ("fa2", "cudnn", "fa4")),
+            f"{row.get('stem_flash', {}).get('tflops', 0):.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    columns = ["tokens", "density", "FlashAttention-2", "cuDNN", "flash-attn-4", "Stem TRITON", "Stem FLASH",
+               "over FA2", "over cuDNN", "over FA4", "TFLOP/s in kept blocks"]  # fmt: skip
+    text = _heading(result, "Prefill, median ms, mask building included:")
+    return text + _table(columns, rows) + "\n![speed-up](bench/results/prefill.png)\n"
+
+
+def mask(result: dict[str, Any]) -> str:
+    """Times and memory of mask building against the floor."""
+    rows = []
+    for row in result["rows"]:
+        floor, best = (row.get(name, {}).get("ms") for name in ("floor", "graph"))
+        ratio = f"{best['median'] / floor['median']:.2f}x" if floor and best else "-"
+        memory = row.get("stem", {}).get("peak_mib")
+        cells = (_ms(row, name) for name in ("floor", "graph", "stem", "torch"))
+        rows.append([short(row["tokens"]), *cells, ratio, "-" if memory is None else f"{memory:,.0f} MiB"])
+    columns = ["tokens", "reading q, k, v once", "Stem, CUDA graph", "Stem, eager", "PyTorch", "over the floor",
+               "peak extra memory"]  # fmt: skip
+    text = _heading(result, "Building the mask, median ms:")
+    return text + _table(columns, rows) + "\n![mask](bench/results/mask.png)\n"
+
+
+def written(readme: str, text: str) -> str:
+    """``readme`` with ``text`` between the marks."""
+    before, _, rest = readme.partition(START)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"README.md must hold the marks {START!r} and {END!r}")
+    return before + START + text + END + after
+
+
+def main() -> None:
+    """Rewrite README.md in place."""
+    path = ROOT / "README.md"
+    path.write_text(written(path.read_text(), figures()))
+    print(f"wrote {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
