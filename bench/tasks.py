@@ -16,6 +16,7 @@ Perplexity on real held-out text has no question: see `text_windows`.
 
 from __future__ import annotations
 
+import itertools
 import random
 import string
 import sysconfig
@@ -120,9 +121,7 @@ def similar_keys(key: str, count: int, rng: random.Random) -> list[str]:
     adjective, noun = key.split("-", 1)
     found: dict[str, None] = {}
     while len(found) < count:
-        other = (
-            f"{adjective}-{rng.choice(NOUNS)}" if rng.random() < 0.5 else f"{rng.choice(ADJECTIVES)}-{noun}"
-        )
+        other = f"{adjective}-{rng.choice(NOUNS)}" if rng.random() < 0.5 else f"{rng.choice(ADJECTIVES)}-{noun}"
         if other != key:
             found.setdefault(other)
     return list(found)
@@ -137,7 +136,9 @@ def _needle(kind: str, key: str, value: str) -> str:
 
 def _intro(kind: str) -> str:
     plural = PLURALS[kind]
-    return f"Some special magic {plural} are hidden in the following text. You will be asked for the {plural} later.\n\n"
+    return (
+        f"Some special magic {plural} are hidden in the following text. You will be asked for the {plural} later.\n\n"
+    )
 
 
 def _single_question(kind: str, key: str) -> str:
@@ -221,7 +222,7 @@ def variable_tracking(rng: random.Random, *, hops: int = 4, chains: int = 2) -> 
     queues = []
     for c, value in enumerate(values):
         chain = names[c * (hops + 1) : (c + 1) * (hops + 1)]
-        links = [f"VAR {new} = VAR {old}" for old, new in zip(chain[:-1], chain[1:], strict=True)]
+        links = [f"VAR {new} = VAR {old}" for old, new in itertools.pairwise(chain)]
         queues.append([f"VAR {chain[0]} = {value}", *links])
     lines = []
     while any(queues):
@@ -242,9 +243,7 @@ def _word_list(family: str, items: list[str], top: list[str], question: str) -> 
     answer: list[tuple[str, bool]] = []
     for i, word in enumerate(top):
         answer += [(f" {word}", True), (".\n" if i == len(top) - 1 else ",", False)]
-    return Task(
-        family, "Below is a list of words. Some occur more often.\n\n", lines, question, tuple(answer), False
-    )
+    return Task(family, "Below is a list of words. Some occur more often.\n\n", lines, question, tuple(answer), False)
 
 
 def common_words(rng: random.Random, *, items: int, common: int = 10, ratio: int = 10) -> Task:
@@ -285,9 +284,7 @@ FAMILIES: dict[str, Callable[[random.Random], Task]] = {
     "single_word": lambda rng: needles(rng, "single_word", value_kind="word"),
     "single_uuid": lambda rng: needles(rng, "single_uuid", value_kind="uuid"),
     "multi_key": lambda rng: needles(rng, "multi_key", distractors=15),
-    "multi_key_uuid": lambda rng: needles(
-        rng, "multi_key_uuid", key_kind="uuid", value_kind="uuid", distractors=7
-    ),
+    "multi_key_uuid": lambda rng: needles(rng, "multi_key_uuid", key_kind="uuid", value_kind="uuid", distractors=7),
     "multi_value": multi_value,
     "multi_query": multi_query,
     "variable_tracking": variable_tracking,

@@ -43,6 +43,8 @@ class Sequences:
 
     def build(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
         """uint16 tokens (length,) and uint8 answer marks (length,)."""
+        if length <= 2048 and rng.random() < 0.06:
+            return self._repeat(rng, length)
         self.phrases.begin()
         most = min(32, max(4, length // 36))
         total = round(np.exp(rng.uniform(0, np.log(most)))) if rng.random() < 0.4 else rng.randint(most // 2, most)
@@ -65,26 +67,40 @@ class Sequences:
         ids = self._encode(texts)
         return self._lay_out(rng, length, groups, ids, n_lines, questions)
 
+    def _repeat(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Random tokens said twice: the plainest case of looking back, which lets it appear early in training."""
+        span = rng.randint(length // 8, (length - 1) // 2)
+        draw = np.random.default_rng(rng.getrandbits(64))
+        start = rng.randrange(len(self.tokens) - length)
+        ids = self.tokens[start : start + length].astype(np.int64)
+        ids[0] = 0
+        ids[-2 * span :] = np.tile(draw.integers(1, len(self.breaks), span), 2)
+        flags = np.zeros(length, np.uint8)
+        flags[-span + 1 :] = JOINT
+        return ids.astype(np.uint16), flags
+
     def _lay_out(self, rng, length, groups, ids, n_lines, questions) -> tuple[np.ndarray, np.ndarray]:
+        lines_total = sum(map(len, ids[:n_lines]))
+        if lines_total > 0.7 * length:  # too many statements for a short sequence: draw again
+            return self.build(rng, length)
         tail: list[int] = []
         marks: list[int] = []
-        limit = length // 2
+        limit = min(length // 2, length - lines_total - 16)
         at = n_lines
         for _, pieces in questions:
             n = 1 + len(pieces)
             parts = ids[at : at + n]
             at += n
-            if tail and len(tail) + sum(map(len, parts)) > limit:
+            if len(tail) + sum(map(len, parts)) > limit:
                 continue
             tail += parts[0]
             marks += [0] * len(parts[0])
             for (_, flag), part in zip(pieces, parts[1:], strict=True):
                 tail += part
                 marks += [VALUE if flag else JOINT] * len(part)
-        lines_total = sum(map(len, ids[:n_lines]))
-        room = length - 1 - len(tail) - lines_total
-        if room < 0:  # too many statements for a short sequence: try again, smaller
+        if not tail:
             return self.build(rng, length)
+        room = length - 1 - len(tail) - lines_total
         start = rng.randrange(max(1, len(self.tokens) - room))
         text = self.tokens[start : start + room].astype(np.int64)
         places = self._places(rng, text, [len(group.lines) for group in groups])
@@ -145,14 +161,12 @@ def _work(seed, stage, lengths, tokens_per_step, sequences, queues, stop) -> Non
 class Batches:
     """Background processes that build batches of the current stage's length. Start before CUDA is initialised."""
 
-    def __init__(
-        self, sequences: Sequences, lengths: list[int], tokens_per_step: int, workers: int, seed: int
-    ) -> None:
+    def __init__(self, sequences: Sequences, lengths: list[int], tokens_per_step: int, workers: int, seed: int) -> None:
         context = multiprocessing.get_context("fork")
         self.lengths = lengths
         self._stage = context.Value("i", 0)
         self._stop: Event = context.Event()
-        self._queues = [context.Queue(maxsize=3 * workers) for _ in lengths]
+        self._queues = [context.Queue(maxsize=12 * workers) for _ in lengths]
         args = (self._stage, lengths, tokens_per_step, sequences, self._queues, self._stop)
         self._workers = [
             context.Process(target=_work, args=(seed * 1000 + i, *args), daemon=True) for i in range(workers)

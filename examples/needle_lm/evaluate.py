@@ -89,7 +89,10 @@ def evaluate(
             if not path.exists() or time.monotonic() > deadline:
                 continue
             data = np.load(path)
-            rows = [(ids, int(s), data[f"scored{i}"]) for i, (ids, s) in enumerate(zip(data["ids"], data["start"], strict=True))]
+            rows = [
+                (ids, int(s), data[f"scored{i}"])
+                for i, (ids, s) in enumerate(zip(data["ids"], data["start"], strict=True))
+            ]
             hits: list[tuple[bool, bool]] = []
             step = max(1, tokens_at_once // length)
             for first in range(0, len(rows), step):

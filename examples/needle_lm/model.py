@@ -127,9 +127,7 @@ def layer_forward(
     return x + F.linear(h, w_down.to(dtype))
 
 
-def head_loss(
-    x: Tensor, norm: Tensor, embedding: Tensor, targets: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def head_loss(x: Tensor, norm: Tensor, embedding: Tensor, targets: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Cross entropy (tokens,) in float32 and whether the largest logit is the target, for x (tokens, hidden)."""
     logits = F.linear(rms_norm(x, norm, eps), embedding.to(x.dtype)).float()
     picked = logits.gather(-1, targets[:, None]).squeeze(-1)
@@ -236,7 +234,12 @@ def save_pretrained(model: NeedleLM, folder: Path, tokenizer_json: str) -> None:
     files = {
         "model.safetensors.index.json": {"metadata": {"total_size": total}, "weight_map": index},
         "config.json": hf_config(model.config),
-        "generation_config.json": {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "do_sample": False},
+        "generation_config.json": {
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": 0,
+            "do_sample": False,
+        },
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "<|endoftext|>",

@@ -6,6 +6,7 @@ answer as (text, is_value) pieces; connecting pieces (separators, repeated keys)
 
 from __future__ import annotations
 
+import itertools
 import random
 import string
 import uuid
@@ -42,7 +43,11 @@ STATEMENTS = (
 )
 # (question, text after the value)
 QUESTIONS = (
-    ("Question: What is the special magic {n} for {k} in the text above?\nAnswer: The special magic {n} for {k} is: ", ".\n", 8),
+    (
+        "Question: What is the special magic {n} for {k} in the text above?\nAnswer: The special magic {n} for {k} is: ",
+        ".\n",
+        8,
+    ),
     ("Question: What is the {n} for {k}?\nAnswer: The {n} for {k} is: ", ".\n", 4),
     ("Question: What is the {n} of {k}?\nAnswer: ", "\n", 4),
     ("Q: Which {n} belongs to {k}?\nA: ", "\n", 2),
@@ -54,8 +59,13 @@ QUESTIONS = (
     ("What was said about {k}? Its {n} is ", ".\n", 1),
 )
 LISTS = (
-    ("Question: What are all the special magic {p} for {k} in the text above, in order of appearance?\n"
-     "Answer: The special magic {p} for {k} are: ", ", ", ".\n", 8),
+    (
+        "Question: What are all the special magic {p} for {k} in the text above, in order of appearance?\n"
+        "Answer: The special magic {p} for {k} are: ",
+        ", ",
+        ".\n",
+        8,
+    ),
     ("Question: What are all the {p} for {k}, in order?\nAnswer: ", ", ", "\n", 3),
     ("All {p} of {k}: ", "; ", ".\n", 2),
     ("The {p} for {k}, first to last, are ", ", ", ".\n", 2),
@@ -63,8 +73,14 @@ LISTS = (
 )
 # (question, before each key, between key and value, between pairs, end)
 QUERIES = (
-    ("Question: What are the special magic {p} for {l} in the text above?\nAnswer: ",
-     "The special magic {n} for ", "; for ", " is: ", ".\n", 8),
+    (
+        "Question: What are the special magic {p} for {l} in the text above?\nAnswer: ",
+        "The special magic {n} for ",
+        "; for ",
+        " is: ",
+        ".\n",
+        8,
+    ),
     ("Question: What are the {p} for {l}?\nAnswer: ", "The {n} for ", "; for ", " is: ", ".\n", 3),
     ("Question: Give the {p} of {l}.\nAnswer: ", "", ", ", " = ", ".\n", 3),
     ("Look up {l}.\n", "", "\n", ": ", "\n", 2),
@@ -228,7 +244,7 @@ class Phrases:
             chains.append((value, [self._fresh(name) for _ in range(rng.randint(2, 5))]))
         queues = []
         for value, names in chains:
-            links = [form.format(a=a, b=reference.format(b=b)) for b, a in zip(names[:-1], names[1:], strict=True)]
+            links = [form.format(a=a, b=reference.format(b=b)) for b, a in itertools.pairwise(names)]
             queues.append([form.format(a=names[0], b=value), *links])
         lines = []
         while any(queues):
@@ -285,7 +301,14 @@ class Phrases:
 
     def draw(self, rng: random.Random, count: int, asked: int) -> Group:
         """A group of a random family, weighted to the needle families."""
-        table = (self.single, self.multi_value, self.multi_query, self.chain, self.lines_after, self.words_list)
+        table = (
+            self.single,
+            self.multi_value,
+            self.multi_query,
+            self.chain,
+            self.lines_after,
+            self.words_list,
+        )
         make = rng.choices(table, (34, 26, 22, 9, 5, 4))[0]
         return make(rng, count, asked)
 
