@@ -179,7 +179,8 @@ def sparse_prefill(
     if torch.compiler.is_compiling():
         return _flex(q, k, v, block_mask, scale, score_mod, return_lse, merged)
     kind = (name, q.dtype, q.shape[0] == 1, q.shape[1], *k.shape[1::2], v.shape[3], return_lse, needs_grad)
-    kind = (*kind, tuple(block_mask.BLOCK_SIZE), _code(block_mask.mask_mod), _code(score_mod))
+    kind = (*kind, tuple(block_mask.BLOCK_SIZE), _code(block_mask.mask_mod), _code(score_mod), scale)
+    kind = (*kind, *sorted(merged.items()))
     return compiled(_flex, kind)(q, k, v, block_mask, scale, score_mod, return_lse, merged)
 
 

@@ -107,7 +107,7 @@ class BoundLayout:
         if self._budgets is not None and config in self._budgets:
             return self._budgets[config]
         budget = row_budget(self.rows[..., POSITION], self.rows[..., PROMPT_BLOCKS], config)[:, None]
-        if self._budgets is not None and not _capturing(budget):
+        if self._budgets is not None and not (budget.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._budgets[config] = budget
         return budget
 
@@ -126,32 +126,46 @@ class BoundLayout:
         return allowed.to(torch.int8) + (allowed & inside)
 
 
-def bind(layout: Layout, geometry: Geometry) -> BoundLayout:
-    """Bind a layout; memoised on the layout where all lengths are host-known and nothing changed."""
-    if torch.compiler.is_compiling() or not geometry.on_host:
-        return _bind(layout, geometry, memo=False)
-    tensors = [tensor for part in layout.parts() for tensor in part.tensors()]
-    if tensors and _capturing(tensors[0]):
-        return _bind(layout, geometry, memo=False)  # a graph must read the tensors when it is replayed
-    memo = layout.__dict__.setdefault("_memo", {})
-    key = (geometry, tuple(tensor._version for tensor in tensors))
-    if key not in memo:
-        bound = _bind(layout, geometry, memo=True)
-        if _capturing(bound.rows):
+def bind(
+    layout: Layout,
+    batch: int,
+    heads: int,
+    q_len: int,
+    k_len: int,
+    q_offset: int | Tensor,
+    kv_len: int | Tensor | None,
+    prompt_len: int | Tensor | None,
+    block_size: tuple[int, int],
+    device: torch.device,
+) -> BoundLayout:
+    """Bind a layout; memoised on the layout where all lengths are host-known and nothing changed.
+
+    A hit is on the hot path of every layer: it looks a tuple up and checks nothing again.
+    """
+    key = (batch, heads, q_len, k_len, q_offset, kv_len, prompt_len, *block_size, device)
+    on_host = not isinstance(q_offset, Tensor) and not isinstance(kv_len, Tensor) and not isinstance(prompt_len, Tensor)
+    if not on_host or torch.compiler.is_compiling():
+        return _bind(layout, Geometry.of(*key), memo=False)
+    tensors = layout.tensors()
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if tensors and capturing:
+        return _bind(layout, Geometry.of(*key), memo=False)  # a graph reads the tensors when it is replayed
+    memo: dict[tuple, BoundLayout] = layout.__dict__.setdefault("_memo", {})
+    key_now = (*key, *(tensor._version for tensor in tensors))
+    bound = memo.get(key_now)
+    if bound is None:
+        bound = _bind(layout, Geometry.of(*key), memo=True)
+        if capturing:
             return bound  # its memory is the graph's
         if len(memo) >= _MEMO_ENTRIES:
             memo.pop(next(iter(memo)))
-        memo[key] = bound
-    elif _capturing(memo[key].rows):
-        _kept_for_graphs.append(memo[key])
-    return memo[key]
+        memo[key_now] = bound
+    elif capturing:
+        _kept_for_graphs[id(bound)] = bound
+    return bound
 
 
-_kept_for_graphs: list[BoundLayout] = []  # a graph replays their addresses for as long as it lives
-
-
-def _capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+_kept_for_graphs: dict[int, BoundLayout] = {}  # a graph replays their addresses for as long as it lives
 
 
 def _bind(layout: Layout, geometry: Geometry, memo: bool) -> BoundLayout:

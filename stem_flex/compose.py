@@ -71,7 +71,7 @@ def _bind(block_mask: BlockMask, other: BlockMask | Layout | Callable, keep: Ten
         *block_mask.seq_lengths,
         q_offset=0 if geometry is None else geometry.q_offset,
         kv_len=None if geometry is None else geometry.kv_len,
-        block_size=tuple(block_mask.BLOCK_SIZE),
+        block_size=(block_mask.BLOCK_SIZE[0], block_mask.BLOCK_SIZE[1]),
         device=keep.device,
     )
 

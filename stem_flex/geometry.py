@@ -24,8 +24,8 @@ class Geometry:
     device: torch.device
 
     @classmethod
-    def of(cls, batch, heads, q_len, k_len, q_offset, kv_len, prompt_len, block_size, device) -> Geometry:
-        device = torch.device(device)
+    def of(cls, batch, heads, q_len, k_len, q_offset, kv_len, prompt_len, q_block, k_block, device) -> Geometry:
+        """Checked: raises TypeError or ValueError naming the argument."""
         q_offset = _checked_length("q_offset", q_offset, batch, device)
         if kv_len is not None:
             kv_len = _checked_length("kv_len", kv_len, batch, device)
@@ -33,7 +33,7 @@ class Geometry:
                 raise ValueError(f"kv_len must be at most the {k_len} keys of k, got {kv_len}")
         if prompt_len is not None:
             prompt_len = _checked_length("prompt_len", prompt_len, batch, device)
-        return cls(batch, heads, q_len, k_len, q_offset, kv_len, prompt_len, *block_size, device)
+        return cls(batch, heads, q_len, k_len, q_offset, kv_len, prompt_len, q_block, k_block, device)
 
     @property
     def q_blocks(self) -> int:
@@ -42,11 +42,6 @@ class Geometry:
     @property
     def k_blocks(self) -> int:
         return -(-self.k_len // self.k_block)
-
-    @property
-    def on_host(self) -> bool:
-        """No length is a tensor, so that a binding can be reused."""
-        return not any(isinstance(x, Tensor) for x in (self.q_offset, self.kv_len, self.prompt_len))
 
     @property
     def positions(self) -> Tensor:

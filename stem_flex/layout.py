@@ -49,8 +49,8 @@ class Layout:
 
         Memoised when everything is host-known or unchanged, so that the layers of a model share it.
         """
-        geometry = Geometry.of(batch, heads, q_len, k_len, q_offset, kv_len, prompt_len, block_size, device)
-        return bind(self, geometry)
+        device = torch.device(device)
+        return bind(self, batch, heads, q_len, k_len, q_offset, kv_len, prompt_len, block_size, device)
 
     # What a layout tells the binding; the defaults are those of "no constraint".
 
@@ -269,6 +269,9 @@ class And(Layout):
 
     def parts(self) -> tuple[Layout, ...]:
         return self.left.parts() + self.right.parts()
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.left.tensors() + self.right.tensors()
 
 
 _CAUSAL, _FULL = Causal(), Full()  # one object each, so that every call shares its bindings

@@ -131,7 +131,7 @@ def _triton_tables(
 ) -> BlockTables:
     from stem_flex.kernels.ops import stem_tables
 
-    row_budget, most_kept = budget_rows(bound, config, budget, q.shape[1])
+    row_budget, most_kept = budget_rows(bound, config, budget, *q.shape[:2])
     width, partial_columns = table_shape(bound, most_kept)
     buffer, counts = stem_tables(
         q,

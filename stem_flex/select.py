@@ -42,7 +42,7 @@ def select_blocks(
     expected = (bound.q_blocks, bound.k_blocks)
     if scores.dim() != 4 or tuple(scores.shape[2:]) != expected:
         raise ValueError(f"scores must have shape (B, Hq, {expected[0]}, {expected[1]}), got {tuple(scores.shape)}")
-    row_budget, most_kept = budget_rows(bound, config, budget, scores.shape[1])
+    row_budget, most_kept = budget_rows(bound, config, budget, *scores.shape[:2])
     width, partial_columns = table_shape(bound, most_kept)
     if resolve(impl, scores) == "triton":
         from stem_flex.kernels.ops import stem_select
@@ -72,7 +72,7 @@ def budget_rows(bound: BoundLayout, config: StemConfig, budget: int | Tensor | N
         if bound.longest_prompt is not None:
             most = largest_budget(bound.longest_prompt, config)
     elif isinstance(budget, Tensor):
-        rows = _checked_budget(budget, bound, heads)
+        rows = _checked_budget(budget, bound, batch, heads)
         readable = not (budget.is_cuda or torch.compiler.is_compiling())
         most = int(budget.max()) if readable else bound.k_blocks
     else:
@@ -86,14 +86,19 @@ def budget_rows(bound: BoundLayout, config: StemConfig, budget: int | Tensor | N
     return rows, min(bound.k_blocks, most + config.sink_blocks + config.local_blocks + own)
 
 
-def _checked_budget(budget: Tensor, bound: BoundLayout, heads: int) -> Tensor:
+def _checked_budget(budget: Tensor, bound: BoundLayout, batch: int, heads: int) -> Tensor:
     if budget.is_floating_point() or budget.dtype == torch.bool:
         raise TypeError(f"budget must hold integers, got {budget.dtype}")
     rows = budget.reshape((1,) * (3 - budget.dim()) + tuple(budget.shape)) if budget.dim() <= 3 else budget
-    fits = rows.dim() == 3 and rows.shape[1] in (1, heads) and rows.shape[2] in (1, bound.q_blocks)
+    fits = (
+        rows.dim() == 3
+        and rows.shape[0] in (1, batch)
+        and rows.shape[1] in (1, heads)
+        and rows.shape[2] in (1, bound.q_blocks)
+    )
     if not fits:
         raise ValueError(
-            f"budget must have shape ({bound.q_blocks},), ({heads}, {bound.q_blocks}) or (B, {heads}, "
+            f"budget must have shape ({bound.q_blocks},), ({heads}, {bound.q_blocks}) or ({batch}, {heads}, "
             f"{bound.q_blocks}), got {tuple(budget.shape)}"
         )
     if budget.device != bound.rows.device:

@@ -53,7 +53,7 @@ class BlockTables:
     ) -> BlockMask:
         """The BlockMask of these tables; ``compute_q_blocks`` adds what the backward pass needs."""
         partial, full = self.view(0), self.view(self.partial_columns)
-        partial_counts, full_counts = self.counts
+        partial_counts, full_counts = self.counts[0], self.counts[1]
         if torch.compiler.is_compiling() and self.buffer.device.type == "cpu":
             partial, full, partial_counts, full_counts = _apart([partial, full, partial_counts, full_counts])
         return BlockMask.from_kv_blocks(
