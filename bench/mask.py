@@ -42,10 +42,9 @@ def check_rows(q, k, v, config, implementation: str, rows: int, tolerance: float
     for row in picks:
         start = row * block
         chunk = q[:, :, start : start + block]
-        alone = stem_flex.stem_block_mask(
-            chunk, k, v, config, q_offset=start, prompt_len=q.shape[2], impl="torch"
-        )
-        found = check.same_selection(_row(whole, row), alone, _row_scores(chunk, k, v, config), tolerance)
+        alone = stem_flex.stem_block_mask(chunk, k, v, config, q_offset=start, prompt_len=q.shape[2], impl="torch")
+        scores = stem_flex.oam_scores(chunk, k, v, config, q_offset=start, impl="torch")
+        found = check.same_selection(_row(whole, row), alone, scores, tolerance)
         worst = {
             "equal_counts": worst["equal_counts"] and found["equal_counts"],
             "differing": max(worst["differing"], found["differing"]),
@@ -65,16 +64,6 @@ def _row(mask, row: int):
         seq_lengths=(min(block, mask.seq_lengths[0] - row * block), mask.seq_lengths[1]),
         compute_q_blocks=False,
     )
-
-
-def _row_scores(chunk, k, v, config) -> torch.Tensor:
-    """Scores (1, Hq, 1, Kb) of one query block with every key block, by the PyTorch path.
-
-    The chunk is put behind the keys' length with ``full()`` as its structure, so that no pair is hidden.
-    """
-    from stem_flex import layout
-
-    return stem_flex.score.block_scores(chunk, k, v, config, layout=layout.full(), impl="torch")
 
 
 def split(call: Callable[[], Any], calls: int = 3) -> dict[str, float]:
@@ -149,9 +138,7 @@ def one_length(length: int, options: argparse.Namespace, config) -> dict[str, An
         return cell | {"peak_mib": None if peak is None else round(peak / report.MIB, 2)}
 
     row["check"] = report.attempt(
-        lambda: check_rows(
-            q, k, v, config, "triton" if cuda else "torch", options.check_rows, options.tolerance
-        )
+        lambda: check_rows(q, k, v, config, "triton" if cuda else "torch", options.check_rows, options.tolerance)
     )
     row["floor"] = report.attempt(floor)
     row["stem"] = report.attempt(stem)
@@ -171,7 +158,7 @@ def _ms(cell: dict[str, Any] | None) -> str:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     stem, floor = row["stem"], row["floor"]
-    best = row.get("graph") if row.get("graph") and "ms" in row["graph"] else stem
+    best = row["graph"] if "ms" in row.get("graph", {}) else stem
     ratio = f"{best['ms'].median / floor['ms'].median:.2f}x" if "ms" in best and "ms" in floor else ""
     verdict = row["check"]
     shown = "error" if "error" in verdict else ("ok" if verdict["ok"] else "WRONG")
@@ -259,7 +246,7 @@ def present(rows: list[dict[str, Any]], options: argparse.Namespace, header: dic
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.mask", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.mask", description=(__doc__ or "").split("\n\n")[0])
     cuda = torch.cuda.is_available()
     parser.add_argument("--lengths", default=LENGTHS if cuda else "512,2K", type=report.parse_lengths)
     parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=("cuda", "cpu"))
@@ -273,9 +260,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.5, help="most time for one cell's timed calls")
     parser.add_argument("--torch-up-to", type=int, default=131072, help="longest prompt for the PyTorch path")
     parser.add_argument("--check-rows", type=int, default=4, help="block rows checked before timing")
-    parser.add_argument(
-        "--tolerance", type=float, default=2e-2, help="score gap allowed between swapped blocks"
-    )
+    parser.add_argument("--tolerance", type=float, default=2e-2, help="score gap allowed between swapped blocks")
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     return parser.parse_args(arguments)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import stem_flex
+from stem_flex.attention import sparse_prefill
 
 from . import check, dense, plots, report
 from .mask import choose_config
@@ -105,7 +106,7 @@ class Length:
         q, k, v = self.tensors
         build = functools.partial(stem_flex.stem_block_mask, q, k, v, self.config)
         mask = build()
-        attend = functools.partial(stem_flex.attention.sparse_prefill, q, k, v, mask, backend=backend)
+        attend = functools.partial(sparse_prefill, q, k, v, mask, backend=backend)
         alone = self.checked(attend, mask)
         if "ms" not in alone:
             return alone
@@ -266,7 +267,7 @@ def picture_of(rows, path: Path, title: str, dense_names, stems, ceiling: float)
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.prefill", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.prefill", description=(__doc__ or "").split("\n\n")[0])
     cuda = torch.cuda.is_available()
     parser.add_argument("--lengths", default=LENGTHS if cuda else "512", type=report.parse_lengths)
     parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=("cuda", "cpu"))

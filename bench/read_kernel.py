@@ -29,7 +29,8 @@ def reader(tensors: tuple[torch.Tensor, ...]) -> Callable[[], list[torch.Tensor]
 
     def call() -> list[torch.Tensor]:
         for x, out in zip(flat, sums, strict=True):
-            _read_kernel[(out.numel(),)](x, out, x.numel(), BLOCK=block, STEPS=steps, num_warps=8)
+            grid = (out.numel(),)
+            _read_kernel[grid](x, out, x.numel(), BLOCK=block, STEPS=steps, num_warps=8)  # pyright: ignore[reportIndexIssue]
         return sums
 
     return call

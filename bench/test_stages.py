@@ -16,9 +16,10 @@ CONFIG = stem_flex.StemConfig(schedule="fixed", k_start=0.2)
 
 
 @pytest.fixture(scope="module")
-def qkv():
-    heads = (32, 8, 128, torch.bfloat16) if DEVICE.type == "cuda" else (4, 2, 64, torch.float32)
-    return inputs(LENGTH, *heads, DEVICE, bshd=False)
+def qkv() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if DEVICE.type == "cuda":
+        return inputs(LENGTH, 32, 8, 128, torch.bfloat16, DEVICE, bshd=False)
+    return inputs(LENGTH, 4, 2, 64, torch.float32, DEVICE, bshd=False)
 
 
 def synchronized(call):
@@ -46,26 +47,29 @@ def test_layout(benchmark, qkv):
 
 
 def test_scores(benchmark, qkv):
-    scores = benchmark(synchronized(lambda: stem_flex.oam_scores(*qkv, CONFIG)))
+    q, k, v = qkv
+    scores = benchmark(synchronized(lambda: stem_flex.oam_scores(q, k, v, CONFIG)))
     assert scores.shape[-1] == LENGTH // 128
 
 
 def test_select(benchmark, qkv):
-    q, k, _ = qkv
-    scores = stem_flex.oam_scores(*qkv, CONFIG)
+    q, k, v = qkv
+    scores = stem_flex.oam_scores(q, k, v, CONFIG)
     bound = stem_flex.layout.causal().bind(1, q.shape[1], LENGTH, k.shape[2], device=DEVICE)
     tables = benchmark(synchronized(lambda: select_blocks(scores, bound, CONFIG)))
     assert tables.k_blocks == LENGTH // 128
 
 
 def test_block_mask(benchmark, qkv):
-    mask = benchmark(synchronized(lambda: stem_flex.stem_block_mask(*qkv, CONFIG)))
+    q, k, v = qkv
+    mask = benchmark(synchronized(lambda: stem_flex.stem_block_mask(q, k, v, CONFIG)))
     assert stem_flex.block_density(mask) < 1
 
 
 def test_attention(benchmark, qkv):
-    out = benchmark(synchronized(lambda: stem_flex.stem_attention(*qkv, CONFIG)))
-    assert out.shape == qkv[0].shape
+    q, k, v = qkv
+    out = benchmark(synchronized(lambda: stem_flex.stem_attention(q, k, v, CONFIG)))
+    assert out.shape == q.shape
 
 
 def test_recall(benchmark, qkv):

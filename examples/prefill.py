@@ -274,7 +274,7 @@ def present(dense: Run, stem: Run, ids: torch.Tensor, options: argparse.Namespac
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("file", nargs="?", type=Path, default=DOCUMENT, help="text to read")
     parser.add_argument("--model", type=Path, default=None, help="folder of a Hugging Face causal LM")
     parser.add_argument("--length", type=int, default=16384, help="tokens of the whole prompt")
