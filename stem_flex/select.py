@@ -64,7 +64,9 @@ def select_blocks(
     return compact(keep, classes, width, partial_columns)
 
 
-def budget_rows(bound: BoundLayout, config: StemConfig, budget: int | Tensor | None, heads: int) -> tuple[Tensor, int]:
+def budget_rows(
+    bound: BoundLayout, config: StemConfig, budget: int | Tensor | None, batch: int, heads: int
+) -> tuple[Tensor, int]:
     """Every row's budget, int32 (1 or B, 1 or Hq, 1 or Qb), and the most blocks a row can keep."""
     if budget is None:
         rows = bound.budget(config)
