@@ -1,0 +1,286 @@
+"""Exact top-k of score rows, written straight into compact ascending index tables.
+
+One program selects one row (b, h, I), held in registers:
+
+1. Candidates are the allowed blocks lo <= J < hi (of class > 0 where a class table is given). Scores become int32 keys
+   in score order, -0.0 = 0.0, NaN below -inf.
+2. Unless the budget covers every candidate, a search over keys keeps ``count(key >= low) > k > count(key >= high)``
+   and stops when a threshold admits exactly k. The first INTERPOLATIONS steps guess by interpolating the logarithm of
+   the count (about 9 steps for 1K-8K smooth scores), the rest bisect the key bits (at most 32): exact whatever the
+   scores are. Ties at the threshold go to the lower index by a cumulative count, only where there are any.
+3. Forced blocks join. Kept flags are packed into 32-bit words, one warp-wide reduction each; counting bits below a
+   flag, and a cumulative sum over the words, gives its place in the list.
+
+A row's work follows its own candidates, not the widest row's: BLOCK halves up to LEVELS-1 times.
+
+Table (one int32 buffer, `width` columns a row): the partial list starts at column 0, the full list at column
+``partial_columns``. An interval row with more partial blocks than that has no full ones, so its list may run on.
+
+Model, a row of c candidates, k kept: reads 4*c bytes of scores (1 more with classes) and 32 of ``rows``; ~2*c integer
+operations a search step, 10-20 steps; writes 4*k + 8 bytes. 128K tokens, 32 heads: 67 MB in, 17 MB out, ~0.3 G
+operations a step.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Tuning: candidates a warp (32 keys a thread at 1024), fewest and most warps, halvings + 1, guessed search steps.
+CANDIDATES_PER_WARP = 1024
+MAX_WARPS = 16
+LEVELS = 3
+SMALLEST_BLOCK = 256
+INTERPOLATIONS = 16
+
+MAX_CANDIDATES = 32768
+"""Widest candidate range of one row (key blocks)."""
+
+_NO_KEY = tl.constexpr(-2147483648)  # not a candidate
+_NAN_KEY = tl.constexpr(-2147483647)  # below -inf, which is -2139095041
+
+
+@triton.jit
+def _to_key(score):
+    """float32 -> int32 in the same order; integer arithmetic only, so that denormals keep their order."""
+    bits = score.to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    key = tl.where(key == -1, 0, key)  # -0.0
+    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, _NAN_KEY, key)
+
+
+@triton.jit
+def _to_score(key):
+    """int32 key -> float32."""
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _log_count(count):
+    """log2 of a count: the tail of a bell-shaped row is close to straight in it."""
+    return tl.log2(count.to(tl.float32) + 0.5)
+
+
+@triton.jit
+def _guess(low, high, y_low, y_high, y, step, INTERPOLATIONS: tl.constexpr):
+    """Next threshold to count at, strictly between the keys ``low`` and ``high``; y are logarithms of their counts."""
+    guess = (low & high) + ((low ^ high) >> 1)
+    if step < INTERPOLATIONS:
+        x_low = _to_score(low)
+        x_high = _to_score(high)
+        if (x_low > float("-inf")) & (x_high < float("inf")):
+            # Every third step takes the middle, so that one badly placed end cannot hold the search back.
+            part = tl.where(step % 3 == 2, 0.5, (y_low - y) / (y_low - y_high))
+            guess = _to_key(x_low + (x_high - x_low) * part)
+    return tl.minimum(tl.maximum(guess, low + 1), high - 1)
+
+
+@triton.jit
+def _popcount(x):
+    """Bits set in each uint32. LLVM knows this sequence as one instruction."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _words(flag):
+    """Flags (R, 32) -> R words of 32 bits: one warp-wide reduction each."""
+    bit = tl.arange(0, 32).to(tl.uint32)
+    return tl.sum(flag.to(tl.uint32) << bit[None, :], axis=1)
+
+
+@triton.jit
+def _rank(word):
+    """Set bits before each position in row-major order, (R, 32), and their total, from the words (R,) of the flags."""
+    count = _popcount(word)
+    before = tl.cumsum(count, axis=0) - count
+    below = ((1 << tl.arange(0, 32)) - 1).to(tl.uint32)
+    return before[:, None] + _popcount(word[:, None] & below[None, :]), tl.sum(count, axis=0)
+
+
+@triton.jit
+def _top_k(key, n, k, INTERPOLATIONS: tl.constexpr):
+    """The k largest of n > k keys, ties to the lower index; _NO_KEY is none."""
+    low = tl.min(tl.where(key > _NO_KEY, key, 2147483647))
+    high = tl.max(key) + 1
+    above_low = n
+    above_high = n * 0
+    step = n * 0
+    y = _log_count(k)
+    y_low = _log_count(above_low)
+    y_high = _log_count(above_high)
+    while (low + 1 < high) & (above_low != k):
+        guess = _guess(low, high, y_low, y_high, y, step, INTERPOLATIONS)
+        above = tl.sum((key >= guess).to(tl.int32))
+        enough = above >= k
+        low = tl.where(enough, guess, low)
+        above_low = tl.where(enough, above, above_low)
+        y_above = _log_count(above)
+        y_low = tl.where(enough, y_above, y_low)
+        y_high = tl.where(enough, y_high, y_above)
+        high = tl.where(enough, high, guess)
+        above_high = tl.where(enough, above_high, above)
+        step += 1
+    keep = key >= low
+    if above_low != k:
+        before, _ = _rank(_words(key == low))
+        keep = (key >= high) | ((key == low) & (before < k - above_high))
+    return keep
+
+
+@triton.jit
+def _select_row(
+    scores, classes, table, partial_count, full_count, low, high, first, full_low, full_high, own_low, own_high,
+    k, sink, local, width, partial_columns, INTERPOLATIONS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Select one row whose candidates lie in [first, first + BLOCK)."""
+    j = first + tl.arange(0, BLOCK // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    high = tl.minimum(high, first + BLOCK)
+    candidate = (j >= low) & (j < high)
+    score = tl.load(scores + j, mask=candidate, other=0.0)
+    n = high - low
+    if classes is not None:
+        candidate = candidate & (tl.load(classes + j, mask=candidate, other=0) > 0)
+        n = tl.sum(candidate.to(tl.int32))
+    key = tl.where(candidate, _to_key(score), _NO_KEY)
+    # Between here and the end only `key` is alive: what follows is cheaper to compute again than to hold.
+    keep = key > _NO_KEY
+    if k < n:
+        keep = _top_k(key, n, k, INTERPOLATIONS)
+    forced = (j < low + sink) | ((j >= tl.minimum(own_low, own_high - local)) & (j < own_high))
+    keep = keep | (forced & (key > _NO_KEY))
+    if classes is not None:
+        # One list after the other: holding both sets of ranks at once would double the registers.
+        is_full = tl.load(classes + j, mask=keep, other=0) == 2
+        rank, n_full = _rank(_words(keep & is_full))
+        tl.store(table + partial_columns + rank, j, mask=keep & is_full & (rank < width - partial_columns))
+        rank, n_partial = _rank(_words(keep & (is_full == 0)))
+        partial_room = tl.where(n_full > 0, partial_columns, width)
+        tl.store(table + rank, j, mask=keep & (is_full == 0) & (rank < partial_room))
+    else:
+        # The full blocks are one run of the kept ones, so one set of ranks gives both lists.
+        rank, total = _rank(_words(keep))
+        is_full = (j >= full_low) & (j < full_high)
+        n_full = tl.sum((keep & is_full).to(tl.int32))
+        n_before = tl.sum((keep & (j < full_low)).to(tl.int32))
+        n_partial = total - n_full
+        partial_room = tl.where(n_full > 0, partial_columns, width)
+        column = rank - tl.where(j < full_low, 0, tl.where(is_full, n_before - partial_columns, n_full))
+        room = tl.where(is_full, width, partial_room)
+        tl.store(table + column, j, mask=keep & (column < room))
+    tl.store(partial_count, tl.minimum(n_partial, partial_room))
+    tl.store(full_count, tl.minimum(n_full, width - partial_columns))
+
+
+# Scores' strides are not specialised either: told that rows are aligned, Triton would spread four candidates a thread,
+# and reshuffle them all for the store; so a warp reads and writes 32 neighbours, one each.
+@triton.jit(
+    do_not_specialize=["heads", "q_blocks", "k_blocks", "row", "count", "width", "sink", "local", "partial",
+                       "score_stride_b", "score_stride_h", "score_stride_r"],
+)  # fmt: skip
+def _select_kernel(
+    scores, rows, budget, classes, buffer, counts, heads, q_blocks, k_blocks, row, count,
+    score_stride_b, score_stride_h, score_stride_r, rows_stride_b,
+    budget_stride_b, budget_stride_h, budget_stride_r, class_stride_b, class_stride_h, class_stride_r,
+    sink, local, width, partial,
+    Q_HEADS: tl.constexpr, INTERPOLATIONS: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a row, last (widest, if causal) rows first, heads side by side. ``heads`` is B*Hq."""
+    pid = tl.program_id(0)
+    bh = pid % heads
+    local_row = count - 1 - pid // heads
+    i = row + local_row
+    b = bh // Q_HEADS
+    h = bh % Q_HEADS
+    ranges = rows + b.to(tl.int64) * rows_stride_b + i * 8
+    low = tl.maximum(tl.load(ranges), 0)
+    high = tl.maximum(tl.minimum(tl.load(ranges + 1), k_blocks), low)
+    full_low = tl.load(ranges + 2)
+    full_high = tl.load(ranges + 3)
+    own_low = tl.load(ranges + 4)
+    own_high = tl.load(ranges + 5)
+    b64 = b.to(tl.int64)
+    h64 = h.to(tl.int64)
+    i64 = i.to(tl.int64)
+    k = tl.maximum(tl.load(budget + b64 * budget_stride_b + h64 * budget_stride_h + i64 * budget_stride_r), 0)
+    source = scores + b64 * score_stride_b + h64 * score_stride_h + local_row.to(tl.int64) * score_stride_r
+    kinds = classes
+    if classes is not None:
+        kinds = classes + b64 * class_stride_b + h64 * class_stride_h + i64 * class_stride_r
+    at = bh.to(tl.int64) * q_blocks + i
+    table = buffer + at * width
+    partial_count = counts + at
+    full_count = partial_count + heads.to(tl.int64) * q_blocks
+    first = low // 32 * 32
+    span = high - first
+    if LEVELS >= 3:
+        if span <= BLOCK // 4:
+            _select_row(source, kinds, table, partial_count, full_count, low, high, first, full_low, full_high,
+                        own_low, own_high, k, sink, local, width, partial, INTERPOLATIONS, BLOCK // 4)  # fmt: skip
+        elif span <= BLOCK // 2:
+            _select_row(source, kinds, table, partial_count, full_count, low, high, first, full_low, full_high,
+                        own_low, own_high, k, sink, local, width, partial, INTERPOLATIONS, BLOCK // 2)  # fmt: skip
+        else:
+            _select_row(source, kinds, table, partial_count, full_count, low, high, first, full_low, full_high,
+                        own_low, own_high, k, sink, local, width, partial, INTERPOLATIONS, BLOCK)  # fmt: skip
+    else:
+        _select_row(source, kinds, table, partial_count, full_count, low, high, first, full_low, full_high,
+                    own_low, own_high, k, sink, local, width, partial, INTERPOLATIONS, BLOCK)  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _select_meta(q_heads: int, span: int) -> dict[str, object]:
+    """Compile-time arguments for rows whose candidates span at most ``span`` key blocks."""
+    block = max(SMALLEST_BLOCK, triton.next_power_of_2(span))
+    return dict(
+        Q_HEADS=q_heads, INTERPOLATIONS=INTERPOLATIONS, LEVELS=LEVELS, BLOCK=block,
+        num_warps=max(1, min(MAX_WARPS, block // CANDIDATES_PER_WARP)),
+    )  # fmt: skip
+
+
+def empty_tables(batch: int, heads: int, q_blocks: int, k_blocks: int, partial_columns: int, width: int, like: Tensor):
+    """Uninitialised (buffer, counts): int32 (B*H*Qb*width + Kb + partial_columns,) and (2, B, H, Qb).
+
+    The Kb + partial_columns trailing ints keep views of logical width Kb inside the buffer.
+    """
+    size = batch * heads * q_blocks * width + k_blocks + partial_columns
+    buffer = torch.empty(size, dtype=torch.int32, device=like.device)
+    counts = torch.empty((2, batch, heads, q_blocks), dtype=torch.int32, device=like.device)
+    return buffer, counts
+
+
+def select_rows(
+    scores: Tensor,
+    score_strides: tuple[int, int, int],
+    rows: Tensor,
+    budget: Tensor,
+    budget_strides: tuple[int, int, int],
+    classes: Tensor | None,
+    class_strides: tuple[int, int, int],
+    buffer: Tensor,
+    counts: Tensor,
+    *,
+    row: int,
+    count: int,
+    k_blocks: int,
+    span: int,
+    sink: int,
+    local: int,
+    partial_columns: int,
+    width: int,
+) -> None:
+    """Select rows [row, row + count) of every head from float32 ``scores`` into ``buffer`` and ``counts``.
+
+    ``score_strides`` are (batch, head, row) strides, row ``row`` of a head lying at its start. ``span`` bounds
+    ``hi - lo // 32 * 32`` over the rows.
+    """
+    _, batch, heads, q_blocks = counts.shape
+    _select_kernel[(batch * heads * count,)](
+        scores, rows, budget, classes, buffer, counts, batch * heads, q_blocks, k_blocks, row, count,
+        *score_strides, rows.stride(0) if rows.shape[0] > 1 else 0, *budget_strides, *class_strides,
+        sink, local, width, partial_columns, **_select_meta(heads, span),
+    )  # fmt: skip
