@@ -81,9 +81,7 @@ def computed_pairs(block_mask: BlockMask) -> int:
     return blocks * block_q * block_k
 
 
-def same_selection(
-    first: BlockMask, second: BlockMask, scores: torch.Tensor | None, tolerance: float
-) -> dict:
+def same_selection(first: BlockMask, second: BlockMask, scores: torch.Tensor | None, tolerance: float) -> dict:
     """Compare two masks of one block row per (batch, head), table by table.
 
     Returns the share of kept blocks that differ, and, given ``scores`` (B, H, Qb, Kb) float32, the largest

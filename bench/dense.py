@@ -72,9 +72,7 @@ def flex(tensors: Tensors) -> Call:
     options = {"BACKEND": "TRITON"} if q.device.type == "cuda" else None
 
     def call() -> torch.Tensor:
-        return _compiled_flex()(
-            q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options
-        )
+        return _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options)
 
     return call
 
