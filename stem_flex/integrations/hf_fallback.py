@@ -44,6 +44,7 @@ def _needs_eager(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
     return settings.get("fallback", "sdpa") == "eager" or not _supports_sdpa(type(module).__module__)
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def _supports_sdpa(module_name: str) -> bool:
     models = [

@@ -1,0 +1,161 @@
+"""Tiny random models of every causal model type of transformers, and an exact executor of BlockMasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from stem_flex.tables import block_classes
+
+# The same heads and dims everywhere, so that compiled attention is shared between families.
+SIZES: dict[str, Any] = dict(
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=64,
+    moe_intermediate_size=32,
+    shared_expert_intermediate_size=32,
+    ffn_hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    n_embd=64,
+    n_head=4,
+    n_layer=2,
+    n_positions=1024,
+    max_position_embeddings=1024,
+    num_experts=4,
+    num_local_experts=4,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    q_lora_rank=32,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=None,
+)
+"""What a family needs besides, or instead; None leaves the config's own default."""
+_LATENT = dict(num_key_value_heads=4)  # multi-head latent attention expands to all heads
+_WINDOW = dict(sliding_window=32, layer_types=["sliding_attention", "full_attention"])
+SPECIAL: dict[str, dict[str, Any]] = {
+    **dict.fromkeys("axk1 deepseek_v2 deepseek_v3 glm4_moe_lite minicpm3 youtu".split(), _LATENT),
+    **dict.fromkeys("cohere2 cohere2_moe exaone4 gemma2 gemma3_text gpt_oss ministral olmo3".split(), _WINDOW),
+    "llama4_text": dict(attention_chunk_size=32, layer_types=["chunked_attention", "full_attention"]),
+    "cohere_compass_text": dict(layer_types=["full_attention", "full_attention"]),
+    "gemma3n_text": dict(
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=32,
+        num_kv_shared_layers=0,
+        vocab_size_per_layer_input=64,
+        hidden_size_per_layer_input=16,
+        laurel_rank=8,
+        activation_sparsity_pattern=0.0,
+    ),
+    "gemma4_text": dict(vocab_size_per_layer_input=64, hidden_size_per_layer_input=16, sliding_window=32),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]], window_size=32, num_layers=2),
+    "jamba": dict(attn_layer_offset=1, attn_layer_period=2, use_mamba_kernels=False, mamba_dt_rank=4),
+    "bamba": dict(attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=16),
+    "granitemoehybrid": dict(
+        layer_types=["mamba", "attention"], mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=16
+    ),
+    "falcon_h1": dict(mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_ssm=128, mamba_d_state=16),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
+    "kimi_linear": dict(layer_types=["linear_attention", "full_attention"]),
+    "nemotron_h": dict(
+        layers_block_type=["mamba", "attention"], mamba_num_heads=8, mamba_head_dim=16, n_groups=1, ssm_state_size=16
+    ),
+    "zaya": dict(num_experts_per_tok=1),
+    "longcat_flash": dict(
+        num_layers=1, num_key_value_heads=4, expert_ffn_hidden_size=32, zero_expert_num=2, moe_topk=2
+    ),
+    "qwen3_next": dict(
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    ),
+    "qwen3_5_text": dict(
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    ),
+    "qwen3_5_moe_text": dict(
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    ),
+}
+
+
+def tiny_config(model_type: str, **options: Any) -> Any:
+    """The smallest config of a model type that still has what makes the type."""
+    cls = CONFIG_MAPPING[model_type]
+    known: set[str] = set()
+    for base in cls.__mro__:
+        known |= set(getattr(base, "__annotations__", {}))
+    renamed = getattr(cls, "attribute_map", {})
+    values = {key: value for key, value in SIZES.items() if key in known or key in renamed}
+    values = {key: value for key, value in values.items() if renamed.get(key) not in values}
+    values |= SPECIAL.get(model_type, {}) | options
+    return cls(**values)
+
+
+def tiny_model(model_type: str, **options: Any) -> Any:
+    """A random causal model of the type, in evaluation mode, its weights large enough to matter."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **options)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() >= 2 and "embed" not in name:
+                # The usual 0.02 makes attention so even that a wrong mask would hardly show.
+                weight.normal_(0, 1.5 / weight.shape[-1] ** 0.5, generator=generator)
+    return model
+
+
+def dense_sparse_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    *,
+    scale: float | None = None,
+    score_mod: Any = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor:
+    """``stem_flex.attention.sparse_prefill`` without a compiler: block lists and mask_mod, token by token."""
+    assert not return_lse
+    batch, heads, queries, dim = q.shape
+    keys = k.shape[2]
+    assert tuple(block_mask.seq_lengths) == (queries, keys)
+    assert block_mask.kv_num_blocks.shape[0] in (1, batch)
+    assert block_mask.kv_num_blocks.shape[1] in (1, heads)
+    q_block, k_block = block_mask.BLOCK_SIZE
+    classes = block_classes(block_mask).repeat_interleave(q_block, 2).repeat_interleave(k_block, 3)
+    classes = classes[:, :, :queries, :keys]
+    b, h = torch.arange(batch).view(-1, 1, 1, 1), torch.arange(heads).view(1, -1, 1, 1)
+    i, j = torch.arange(queries).view(-1, 1), torch.arange(keys)
+    kept = (classes == 2) | ((classes == 1) & block_mask.mask_mod(b, h, i, j))
+    group = heads // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q.double() @ k.double().mT * (dim**-0.5 if scale is None else scale)
+    if score_mod is not None:
+        scores = score_mod(scores, b, h, i, j)
+    weights = scores.masked_fill(~kept, float("-inf")).softmax(-1).nan_to_num(0.0)
+    return (weights @ v.double()).to(q.dtype)
