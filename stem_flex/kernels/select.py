@@ -28,8 +28,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tuning: candidates a warp (32 keys a thread at 1024), fewest and most warps, halvings + 1, guessed search steps.
-CANDIDATES_PER_WARP = 1024
+# Tuning: rows up to ONE_WARP candidates take one warp (32 keys a thread, no barriers), wider ones a warp for every
+# CANDIDATES_PER_WARP, up to MAX_WARPS; halvings + 1; smallest BLOCK compiled; guessed search steps.
+ONE_WARP = 1024
+CANDIDATES_PER_WARP = 512
 MAX_WARPS = 16
 LEVELS = 3
 SMALLEST_BLOCK = 256
@@ -39,7 +41,8 @@ MAX_CANDIDATES = 32768
 """Widest candidate range of one row (key blocks)."""
 
 _NO_KEY = tl.constexpr(-2147483648)  # not a candidate
-_NAN_KEY = tl.constexpr(-2147483647)  # below -inf, which is -2139095041
+_DROPPED = tl.constexpr(-2147483647)  # a candidate that lost a tie
+_NAN_KEY = tl.constexpr(-2147483646)  # below -inf, which is -2139095041
 
 
 @triton.jit
@@ -103,8 +106,14 @@ def _rank(word):
 
 
 @triton.jit
+def _count(key, least):
+    """How many keys are at least ``least``."""
+    return tl.sum((key >= least).to(tl.int32))
+
+
+@triton.jit
 def _top_k(key, n, k, INTERPOLATIONS: tl.constexpr):
-    """The k largest of n > k keys, ties to the lower index; _NO_KEY is none."""
+    """Keys and threshold such that exactly the k largest of n > k keys, ties to the lower index, reach it."""
     low = tl.min(tl.where(key > _NO_KEY, key, 2147483647))
     high = tl.max(key) + 1
     above_low = n
@@ -115,21 +124,20 @@ def _top_k(key, n, k, INTERPOLATIONS: tl.constexpr):
     y_high = _log_count(above_high)
     while (low + 1 < high) & (above_low != k):
         guess = _guess(low, high, y_low, y_high, y, step, INTERPOLATIONS)
-        above = tl.sum((key >= guess).to(tl.int32))
+        above = _count(key, guess)
         enough = above >= k
+        y_above = _log_count(above)
         low = tl.where(enough, guess, low)
         above_low = tl.where(enough, above, above_low)
-        y_above = _log_count(above)
         y_low = tl.where(enough, y_above, y_low)
-        y_high = tl.where(enough, y_high, y_above)
         high = tl.where(enough, high, guess)
         above_high = tl.where(enough, above_high, above)
+        y_high = tl.where(enough, y_high, y_above)
         step += 1
-    keep = key >= low
     if above_low != k:
         before, _ = _rank(_words(key == low))
-        keep = (key >= high) | ((key == low) & (before < k - above_high))
-    return keep
+        key = tl.where((key == low) & (before >= k - above_high), _DROPPED, key)
+    return key, low
 
 
 @triton.jit
@@ -147,12 +155,14 @@ def _select_row(
         candidate = candidate & (tl.load(classes + j, mask=candidate, other=0) > 0)
         n = tl.sum(candidate.to(tl.int32))
     key = tl.where(candidate, _to_key(score), _NO_KEY)
-    # Between here and the end only `key` is alive: what follows is cheaper to compute again than to hold.
-    keep = key > _NO_KEY
+    least = n * 0 + _DROPPED + 1
     if k < n:
-        keep = _top_k(key, n, k, INTERPOLATIONS)
+        key, least = _top_k(key, n, k, INTERPOLATIONS)
     forced = (j < low + sink) | ((j >= tl.minimum(own_low, own_high - local)) & (j < own_high))
-    keep = keep | (forced & (key > _NO_KEY))
+    # Raising the forced keys leaves `keep` one comparison away wherever it is needed, with no mask to hold.
+    key = tl.where(forced & (key > _NO_KEY), 2147483647, key)
+    keep = key >= least
+
     if classes is not None:
         # One list after the other: holding both sets of ranks at once would double the registers.
         is_full = tl.load(classes + j, mask=keep, other=0) == 2
@@ -169,9 +179,9 @@ def _select_row(
         n_before = tl.sum((keep & (j < full_low)).to(tl.int32))
         n_partial = total - n_full
         partial_room = tl.where(n_full > 0, partial_columns, width)
-        column = rank - tl.where(j < full_low, 0, tl.where(is_full, n_before - partial_columns, n_full))
-        room = tl.where(is_full, width, partial_room)
-        tl.store(table + column, j, mask=keep & (column < room))
+        shift = tl.where(j < full_low, 0, tl.where(j < full_high, partial_columns - n_before, -n_full))
+        column = tl.where(key >= least, rank + shift, width)
+        tl.store(table + column, j, mask=column < width)
     tl.store(partial_count, tl.minimum(n_partial, partial_room))
     tl.store(full_count, tl.minimum(n_full, width - partial_columns))
 
@@ -236,9 +246,10 @@ def _select_kernel(
 def _select_meta(q_heads: int, span: int) -> dict[str, object]:
     """Compile-time arguments for rows whose candidates span at most ``span`` key blocks."""
     block = max(SMALLEST_BLOCK, triton.next_power_of_2(span))
+    warps = 1 if block <= ONE_WARP else min(MAX_WARPS, block // CANDIDATES_PER_WARP)
     return dict(
         Q_HEADS=q_heads, INTERPOLATIONS=INTERPOLATIONS, LEVELS=LEVELS, BLOCK=block,
-        num_warps=max(1, min(MAX_WARPS, block // CANDIDATES_PER_WARP)),
+        num_warps=warps,
     )  # fmt: skip
 
 
