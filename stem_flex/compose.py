@@ -61,7 +61,9 @@ def _bind(block_mask: BlockMask, other: BlockMask | Layout | Callable, keep: Ten
     if isinstance(other, Layout):
         theirs = other
     elif isinstance(other, BlockMask):
-        theirs = _layout_of(other, geometry)
+        # lists of other blocks can't be compared, so they count token by token
+        same_blocks = tuple(other.BLOCK_SIZE) == tuple(block_mask.BLOCK_SIZE)
+        theirs = _layout_of(other, geometry) if same_blocks else from_block_mask(other)
     else:
         theirs = from_mask_mod(other, *keep.shape[:2], *block_mask.seq_lengths)
     both = ours & theirs
