@@ -215,7 +215,6 @@ SHAPES = [  # B, Hq, Hkv, Lq, Lk, D, Dv, block_q, block_k, stride
     pytest.param(1, 7, 1, 130, 300, 80, 128, 128, 64, 4, id="gqa7-128x64-D80"),
     pytest.param(2, 2, 1, 300, 520, 16, 40, 256, 128, 32, id="256x128"),
     pytest.param(1, 2, 1, 200, 200, 17, 16, 64, 64, 8, id="64x64-D17"),
-    pytest.param(1, 1, 1, 100, 100, 17, 19, 48, 24, 6, id="48x24-stride6"),
 ]
 
 

@@ -58,8 +58,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, block_q: int, block_k:
         if x.dtype != q.dtype or x.dtype not in _DTYPES:
             raise TypeError(f"q, k and v must share a dtype of float16, bfloat16, float32, got {q.dtype} for q and "
                             f"{x.dtype} for {name}; cast them, or use impl='torch'")  # fmt: skip
-    if block_q % stride or block_k % stride:
-        raise ValueError(f"stride must divide both block sizes ({block_q}, {block_k}), got {stride}")
+    if any(n & (n - 1) for n in (block_q, block_k, stride)) or block_q % stride or block_k % stride:
+        raise ValueError(f"stride must divide both block sizes, all powers of two, "
+                         f"got stride {stride}, blocks ({block_q}, {block_k})")  # fmt: skip
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
     _check_rows(rows)

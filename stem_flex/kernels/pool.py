@@ -32,9 +32,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tuning: elements of a tile in flight a program, by element size; warps a program.
-TILE_ELEMENTS = {2: 16384, 4: 8192}
-POOL_WARPS = 4
+# Tuning: elements a thread loads at a time, most warps a program, value dims squared at a time.
+ELEMENTS_PER_THREAD = 4
+MOST_WARPS = 8
+VALUE_CHUNK = 64
 
 INTERPRETED = environ.get("TRITON_INTERPRET") == "1"
 """Whether the kernels of this process run in Triton's interpreter, on CPU tensors: settled at import."""
@@ -123,72 +124,68 @@ def _valid_range(start, end, batch, length):
 @triton.jit
 def _phase_means(
     x, first, low, high, stride_t, out, D: tl.constexpr, DP: tl.constexpr, FLAT_D: tl.constexpr,
-    BLOCK: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, T: tl.constexpr, REVERSED: tl.constexpr,
+    BLOCK: tl.constexpr, S: tl.constexpr, REVERSED: tl.constexpr,
 ):  # fmt: skip
-    """Mean of each phase of the block at ``x`` (its first token is number ``first``) into ``out`` (S, FLAT_D)."""
-    r = tl.arange(0, SP)
+    """Mean of each phase of the block at ``x`` (its first token is number ``first``) into ``out`` (S, FLAT_D).
+
+    Each step adds S neighbouring tokens elementwise, so that no thread waits for another; unrolled, the loads of a
+    whole block are in flight at once. Only edge blocks pay for masks.
+    """
+    r = tl.arange(0, S)
     d = tl.arange(0, DP)
-    t = tl.arange(0, T)
-    total = tl.zeros((SP, DP), dtype=tl.float32)
-    for t0 in tl.static_range(0, BLOCK // S, T):
-        token = (t0 + t)[:, None] * S + r[None, :]
-        keep = (first + token >= low) & (first + token < high)
-        if (BLOCK // S) % T != 0:
-            keep = keep & (token < BLOCK)
-        if S != SP:
-            keep = keep & (r < S)[None, :]
-        mask = keep[:, :, None]
-        if D != DP:
-            mask = mask & (d < D)[None, None, :]
-        tile = tl.load(x + token.to(tl.int64)[:, :, None] * stride_t + d[None, None, :], mask=mask, other=0.0)
-        total += tl.sum(tile.to(tl.float32), axis=0)
+    at = r.to(tl.int64)[:, None] * stride_t + d[None, :]
+    step = S * stride_t.to(tl.int64)
+    in_dim = (d < D)[None, :] & (r < S)[:, None]
+    total = tl.zeros((S, DP), dtype=tl.float32)
+    if (first >= low) & (first + BLOCK <= high):
+        for t in tl.static_range(0, BLOCK // S):
+            if D == DP:
+                tile = tl.load(x + t * step + at)
+            else:
+                tile = tl.load(x + t * step + at, mask=in_dim, other=0.0)
+            total += tile.to(tl.float32)
+    else:
+        for t in range(0, BLOCK // S):
+            token = first + t * S + r
+            keep = ((token >= low) & (token < high))[:, None] & in_dim
+            total += tl.load(x + t * step + at, mask=keep, other=0.0).to(tl.float32)
     row = r
     if REVERSED:
         row = S - 1 - r
     mean = total * (S / BLOCK)
-    tl.store(
-        out + row[:, None] * FLAT_D + d[None, :],
-        mean.to(out.dtype.element_ty),
-        mask=(r < S)[:, None] & (d < FLAT_D)[None, :],
-    )
+    tl.store(out + row[:, None] * FLAT_D + d[None, :], mean.to(out.dtype.element_ty), mask=(d < FLAT_D)[None, :])
 
 
 @triton.jit
 def _value_groups(
     x, first, low, high, stride_t, stats, block, G, value_weight, DV: tl.constexpr, DVP: tl.constexpr,
-    DVC: tl.constexpr, BLOCK: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, NP: tl.constexpr, ZSCORE: tl.constexpr,
+    DVC: tl.constexpr, BLOCK: tl.constexpr, S: tl.constexpr, ZSCORE: tl.constexpr,
 ):  # fmt: skip
     """Magnitudes of the value groups of the block at ``x``, number ``block`` of G, into the planes of ``stats``."""
-    r = tl.arange(0, SP)
-    g = tl.arange(0, NP)
-    token = g[:, None] * S + r[None, :]
-    keep = (first + token >= low) & (first + token < high) & (token < BLOCK)
-    if S != SP:
-        keep = keep & (r < S)[None, :]
-    square = tl.zeros((NP, SP), dtype=tl.float32)
+    N: tl.constexpr = BLOCK // S
+    token = tl.arange(0, BLOCK)
+    keep = (first + token >= low) & (first + token < high)
+    square = tl.zeros((BLOCK,), dtype=tl.float32)
     for d0 in tl.static_range(0, DVP, DVC):
         d = d0 + tl.arange(0, DVC)
-        mask = keep[:, :, None]
-        if d0 + DVC > DV:
-            mask = mask & (d < DV)[None, None, :]
-        tile = tl.load(x + token.to(tl.int64)[:, :, None] * stride_t + d[None, None, :], mask=mask, other=0.0)
+        mask = keep[:, None] & (d < DV)[None, :]
+        tile = tl.load(x + token.to(tl.int64)[:, None] * stride_t + d[None, :], mask=mask, other=0.0)
         tile = tile.to(tl.float32)
-        square += tl.sum(tile * tile, axis=2)
-    largest = tl.max(square, axis=1)
+        square += tl.sum(tile * tile, axis=1)
+    largest = tl.max(tl.reshape(square, (N, S)), axis=1)
     if ZSCORE:
         log = tl.log(tl.sqrt(largest) + 1e-6)
+        g = tl.arange(0, N)
         begin = first + g * S
-        inside = g < BLOCK // S
-        some = inside & (begin + S > low) & (begin < high)
-        complete = inside & (begin >= low) & (begin + S <= high)
+        some = (begin + S > low) & (begin < high)
+        complete = (begin >= low) & (begin + S <= high)
         count = tl.sum(complete.to(tl.float32), axis=0)
         mean = tl.sum(tl.where(complete, log, 0.0), axis=0) / tl.maximum(count, 1.0)
         diff = tl.where(complete, log - mean, 0.0)
         tl.store(stats + G + block, count)
         tl.store(stats + 2 * G + block, mean)
         tl.store(stats + 3 * G + block, tl.sum(diff * diff, axis=0))
-        logs = stats + 4 * G + block * (BLOCK // S)
-        tl.store(logs + g, tl.where(some, log, float("-inf")), mask=inside)
+        tl.store(stats + 4 * G + block * N + g, tl.where(some, log, float("-inf")))
     else:
         norm = tl.sqrt(tl.max(largest, axis=0))
         tl.store(stats + block, value_weight * tl.log(tl.maximum(norm, 1.0)))
@@ -201,7 +198,7 @@ def _pool_kernel(
     batch, q_len, k_len, q_blocks, k_blocks, value_weight,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FLAT_D: tl.constexpr,
     DV: tl.constexpr, DVP: tl.constexpr, DVC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    S: tl.constexpr, SP: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, NP: tl.constexpr, ZSCORE: tl.constexpr,
+    S: tl.constexpr, ZSCORE: tl.constexpr,
 ):  # fmt: skip
     """One program a block of q, then one a block of k, then one a block of v."""
     pid = tl.program_id(0)
@@ -213,7 +210,7 @@ def _pool_kernel(
         first = i * BLOCK_Q
         x = q + b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h + first.to(tl.int64) * q_stride_t
         out = flats + ((b * Q_HEADS + h).to(tl.int64) * q_blocks + i) * (S * FLAT_D)
-        _phase_means(x, first, low, high, q_stride_t, out, D, DP, FLAT_D, BLOCK_Q, S, SP, TQ, False)
+        _phase_means(x, first, low, high, q_stride_t, out, D, DP, FLAT_D, BLOCK_Q, S, False)
     elif pid < q_programs + k_programs:
         b, h, i = _locate(pid - q_programs, KV_HEADS, k_blocks, k_stride_h < k_stride_t)
         low, high = _valid_range(key_start, key_end, b, k_len)
@@ -221,7 +218,7 @@ def _pool_kernel(
         x = k + b.to(tl.int64) * k_stride_b + h.to(tl.int64) * k_stride_h + first.to(tl.int64) * k_stride_t
         block = (b * KV_HEADS + h).to(tl.int64) * k_blocks + i
         out = flats + (q_programs.to(tl.int64) + block) * (S * FLAT_D)
-        _phase_means(x, first, low, high, k_stride_t, out, D, DP, FLAT_D, BLOCK_K, S, SP, TK, True)
+        _phase_means(x, first, low, high, k_stride_t, out, D, DP, FLAT_D, BLOCK_K, S, True)
     else:
         b, h, i = _locate(pid - q_programs - k_programs, KV_HEADS, k_blocks, v_stride_h < v_stride_t)
         low, high = _valid_range(key_start, key_end, b, k_len)
@@ -229,22 +226,19 @@ def _pool_kernel(
         x = v + b.to(tl.int64) * v_stride_b + h.to(tl.int64) * v_stride_h + first.to(tl.int64) * v_stride_t
         block = (b * KV_HEADS + h).to(tl.int64) * k_blocks + i
         _value_groups(x, first, low, high, v_stride_t, stats, block, k_programs.to(tl.int64), value_weight,
-                      DV, DVP, DVC, BLOCK_K, S, SP, NP, ZSCORE)  # fmt: skip
+                      DV, DVP, DVC, BLOCK_K, S, ZSCORE)  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
-def pool_meta(sizes: Sizes, metric: str, item_size: int) -> dict[str, object]:
+def pool_meta(sizes: Sizes, metric: str) -> dict[str, object]:
     """Compile-time arguments and options of the pool kernel."""
     power = triton.next_power_of_2
-    tile = TILE_ELEMENTS[item_size]
-    dim, value_dim, phases = power(sizes.flat_dim), power(sizes.value_dim), power(sizes.stride)
-    steps_q, steps_k = power(sizes.block_q // sizes.stride), power(sizes.groups)
-    fit = max(1, tile // (phases * dim))
+    flat_dim, value_dim = power(sizes.flat_dim), power(sizes.value_dim)
+    warps = sizes.stride * flat_dim // (32 * ELEMENTS_PER_THREAD)
     return dict(
-        Q_HEADS=sizes.q_heads, KV_HEADS=sizes.kv_heads, D=sizes.head_dim, DP=dim, FLAT_D=sizes.flat_dim,
-        DV=sizes.value_dim, DVP=value_dim, DVC=min(value_dim, max(16, tile // (phases * steps_k))),
-        BLOCK_Q=sizes.block_q, BLOCK_K=sizes.block_k, S=sizes.stride, SP=phases,
-        TQ=min(steps_q, fit), TK=min(steps_k, fit), NP=steps_k, ZSCORE=metric == "zscore", num_warps=POOL_WARPS,
+        Q_HEADS=sizes.q_heads, KV_HEADS=sizes.kv_heads, D=sizes.head_dim, DP=flat_dim, FLAT_D=sizes.flat_dim,
+        DV=sizes.value_dim, DVP=value_dim, DVC=min(value_dim, VALUE_CHUNK), BLOCK_Q=sizes.block_q,
+        BLOCK_K=sizes.block_k, S=sizes.stride, ZSCORE=metric == "zscore", num_warps=max(1, min(MOST_WARPS, warps)),
     )  # fmt: skip
 
 
@@ -274,6 +268,6 @@ def pool(
         q, k, v, flats, stats, query_start, query_end, key_start, key_end,
         *q_stride[:3], *k_stride[:3], *v_stride[:3],
         sizes.batch, sizes.q_len, sizes.k_len, sizes.q_blocks, sizes.k_blocks, value_weight,
-        **pool_meta(sizes, metric, q.element_size()),
+        **pool_meta(sizes, metric),
     )  # fmt: skip
     return flats, stats

@@ -29,7 +29,7 @@ WORKSPACE_BYTES = 128 * 2**20
 
 # Tuning: (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) where the 128-wide tiles fill the GPU, where they do not, and for
 # float32 (no tensor cores); FILL is the number of 128-wide tiles that counts as filling it.
-LARGE_TILE = (128, 128, 64, 8, 3)
+LARGE_TILE = (128, 128, 64, 4, 3)
 SMALL_TILE = (64, 64, 64, 4, 4)
 FLOAT_TILE = (64, 64, 32, 4, 2)
 FILL = 264
