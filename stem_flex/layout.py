@@ -377,14 +377,13 @@ def _block_mask_mod(block_mask: BlockMask) -> MaskModFn:
 
     classes = block_classes(block_mask)
     batch, heads = classes.shape[:2]
-    last_row, last_block = classes.shape[2] - 1, classes.shape[3] - 1
-    q_block, k_block = block_mask.BLOCK_SIZE
+    (q_len, k_len), (q_block, k_block) = block_mask.seq_lengths, block_mask.BLOCK_SIZE
     inner = block_mask.mask_mod
 
     def block_mask_mod(b, h, q, kv):
-        # lengths are rounded up to the blocks of whoever asks, which may pass the last block here
-        row, block = (q // q_block).clamp(max=last_row), (kv // k_block).clamp(max=last_block)
-        kept = classes[b if batch > 1 else 0, h if heads > 1 else 0, row, block]
+        # lengths are rounded up to the blocks of whoever asks, which may pass this mask's tables
+        q, kv = q.clamp(max=q_len - 1), kv.clamp(max=k_len - 1)
+        kept = classes[b if batch > 1 else 0, h if heads > 1 else 0, q // q_block, kv // k_block]
         return (kept == 2) | ((kept == 1) & inner(b, h, q, kv))
 
     return block_mask_mod
