@@ -120,7 +120,13 @@ def flash_refusal(q: Tensor, v: Tensor, needs_grad: bool) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+def _constant(f: Callable) -> Callable:
+    """What torch.compiler.assume_constant_result does, without importing TorchDynamo for it."""
+    f._dynamo_marked_constant = True
+    return f
+
+
+@_constant
 def has_flash() -> bool:
     """Whether flash-attn-4 (the package flash_attn.cute) can be imported."""
     return _installed("flash_attn.cute")
@@ -132,7 +138,7 @@ def _installed(name: str) -> bool:
     return (not parent or _installed(parent)) and importlib.util.find_spec(name) is not None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stem_flex.kernels.launch import Plan, launch
 from stem_flex.kernels.pool import Sizes
 
 # Tuning: key blocks a program normalises, blocks whose statistics it combines at once, warps.
@@ -61,11 +62,12 @@ def _magnitude_kernel(
     tl.store(stats + row + j, value_weight * magnitude, mask=j < k_blocks)
 
 
-def magnitude(stats: Tensor, sizes: Sizes, value_weight: float) -> None:
+def magnitude(stats: Tensor, sizes: Sizes, value_weight: float, plan: Plan) -> None:
     """Fill the bias plane of ``stats`` from its statistics (`stem_flex.kernels.pool`), metric ``"zscore"``."""
-    tiles = -(-sizes.k_blocks // BLOCKS)
-    _magnitude_kernel[(sizes.batch * sizes.kv_heads * tiles,)](
-        stats, sizes.k_blocks, sizes.key_blocks, value_weight,
+    programs = sizes.batch * sizes.kv_heads * -(-sizes.k_blocks // BLOCKS)
+    meta = dict(
         N=sizes.groups, NP=triton.next_power_of_2(sizes.groups), BLOCKS=BLOCKS, COMBINE=COMBINE,
         num_warps=MAGNITUDE_WARPS,
     )  # fmt: skip
+    args = (stats, sizes.k_blocks, sizes.key_blocks, value_weight)
+    launch(_magnitude_kernel, programs, args, meta, plan, "magnitude")

@@ -15,22 +15,16 @@ Compilations: one per dtype, head count, head dim, block size, stride, metric an
 score tiles and one select kernel per power of two of key blocks, 256 .. 16384.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from stem_flex.kernels import scores as _scores
+from stem_flex.kernels.launch import Plan, plan_of
 from stem_flex.kernels.magnitude import magnitude
 from stem_flex.kernels.pool import INTERPRETED, METRICS, Sizes, pool, sizes_of
 from stem_flex.kernels.select import MAX_CANDIDATES, empty_tables, select_rows
-
-if TYPE_CHECKING:
-    from stem_flex.binding import BoundLayout
-    from stem_flex.config import StemConfig
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LIBRARY = torch.library.Library("stem_flex", "FRAGMENT")
@@ -85,12 +79,12 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, block_q: int, block_k: int, stride: 
 
 def _pooled(
     q: Tensor, k: Tensor, v: Tensor, key_start: Tensor | None, key_end: Tensor | None, query_start: Tensor | None,
-    query_end: Tensor | None, sizes: Sizes, metric: str, value_weight: float,
+    query_end: Tensor | None, sizes: Sizes, metric: str, value_weight: float, plan: Plan,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch pool and magnitude. Returns (flats, stats) with the bias plane filled."""
-    flats, stats = pool(q, k, v, key_start, key_end, query_start, query_end, sizes, metric, value_weight)
+    flats, stats = pool(q, k, v, key_start, key_end, query_start, query_end, sizes, metric, value_weight, plan)
     if value_weight != 0 and metric == "zscore":
-        magnitude(stats, sizes, value_weight)
+        magnitude(stats, sizes, value_weight, plan)
     return flats, stats
 
 
@@ -102,9 +96,15 @@ def _tables(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(q, k, v, rows, block_q, block_k, stride, metric)
     _check_span(max_key_blocks)
+    tensors = (q, k, v, rows, budget, classes, key_start, key_end, query_start, query_end)
+    plan = plan_of((
+        *(None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors), q.device,
+        block_q, block_k, stride, metric, value_weight, sink, local, partial_columns, width, max_key_blocks,
+        causal_offset,
+    ))  # fmt: skip
     sizes = _sizes(q, k, v, block_q, block_k, stride)
     heads = sizes.batch * sizes.q_heads
-    plan, size = _scores.chunks(
+    chunks, size = _scores.chunks(
         heads, sizes.q_blocks, sizes.k_blocks, block_q, block_k, causal_offset, _scores.WORKSPACE_BYTES
     )
     budget_strides, class_strides = _strides(budget), _strides(classes)
@@ -116,18 +116,18 @@ def _tables(
             return buffer, counts
         if sizes.k_blocks == 0:
             return buffer, counts.zero_()
-        flats, stats = _pooled(q, k, v, key_start, key_end, query_start, query_end, sizes, metric, value_weight)
+        flats, stats = _pooled(q, k, v, key_start, key_end, query_start, query_end, sizes, metric, value_weight, plan)
         workspace = torch.empty(size, dtype=torch.float32, device=q.device)
-        for chunk in plan:
+        for chunk in chunks:
             row_stride = -(-chunk.width // 16) * 16
             head_stride = chunk.count * row_stride
             _scores.score_rows(
-                flats, stats, rows, None, (0, 0, 0), workspace, chunk, head_stride, row_stride, sizes,
+                flats, stats, rows, None, (0, 0, 0), workspace, chunk, head_stride, row_stride, sizes, plan,
                 has_bias=value_weight != 0, full=False,
             )  # fmt: skip
             select_rows(
                 workspace, (sizes.q_heads * head_stride, head_stride, row_stride), rows, budget, budget_strides,
-                classes, class_strides, buffer, counts, row=chunk.row, count=chunk.count, k_blocks=chunk.width,
+                classes, class_strides, buffer, counts, plan, row=chunk.row, count=chunk.count, k_blocks=chunk.width,
                 span=min(row_stride, max_key_blocks + 31), sink=sink, local=local, partial_columns=partial_columns,
                 width=width,
             )  # fmt: skip
@@ -153,10 +153,10 @@ def _score_matrix(
         )
         if out.numel() == 0:
             return out
-        flats, stats = _pooled(q, k, v, key_start, key_end, query_start, query_end, sizes, metric, value_weight)
+        flats, stats = _pooled(q, k, v, key_start, key_end, query_start, query_end, sizes, metric, value_weight, {})
         _scores.score_rows(
             flats, stats, rows, classes, _strides(classes), out, _scores.Chunk(0, sizes.q_blocks, sizes.k_blocks),
-            sizes.q_blocks * sizes.k_blocks, sizes.k_blocks, sizes, has_bias=value_weight != 0, full=True,
+            sizes.q_blocks * sizes.k_blocks, sizes.k_blocks, sizes, {}, has_bias=value_weight != 0, full=True,
         )  # fmt: skip
     return out
 
@@ -179,7 +179,7 @@ def _select(
         if counts.numel():
             select_rows(
                 scores, _strides(scores), rows, budget, _strides(budget), classes, _strides(classes), buffer, counts,
-                row=0, count=q_blocks, k_blocks=k_blocks, span=min(k_blocks, span + 31), sink=sink, local=local,
+                {}, row=0, count=q_blocks, k_blocks=k_blocks, span=min(k_blocks, span + 31), sink=sink, local=local,
                 partial_columns=partial_columns, width=width,
             )  # fmt: skip
     return buffer, counts
@@ -300,41 +300,3 @@ def stem_select(
         scores, rows, budget, classes, sink=sink, local=local, partial_columns=partial_columns, width=width,
         max_key_blocks=max_key_blocks,
     )  # fmt: skip
-
-
-def tables(
-    q: Tensor, k: Tensor, v: Tensor, bound: BoundLayout, config: StemConfig, budget: Tensor, partial_columns: int,
-    width: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`stem_tables` of a bound layout and a configuration."""
-    return stem_tables(
-        q, k, v, bound.rows, budget, bound.classes, bound.key_start, bound.key_end, bound.query_start,
-        bound.query_end, **_options(bound, config), sink=config.sink_blocks, local=config.local_blocks,
-        partial_columns=partial_columns, width=width, max_key_blocks=bound.k_blocks,
-        causal_offset=_causal_offset(bound),
-    )  # fmt: skip
-
-
-def scores(q: Tensor, k: Tensor, v: Tensor, bound: BoundLayout, config: StemConfig) -> Tensor:
-    """`stem_scores` of a bound layout and a configuration."""
-    return stem_scores(
-        q, k, v, bound.rows, bound.classes, bound.key_start, bound.key_end, bound.query_start, bound.query_end,
-        **_options(bound, config),
-    )  # fmt: skip
-
-
-select = stem_select
-
-
-def _options(bound: BoundLayout, config: StemConfig) -> dict:
-    return dict(
-        block_q=bound.block_size[0], block_k=bound.block_size[1], stride=config.stride, metric=config.metric,
-        value_weight=float(config.value_weight),
-    )  # fmt: skip
-
-
-def _causal_offset(bound: BoundLayout) -> int | None:
-    """The host-known bound that causality puts on every row, if any (`stem_tables`)."""
-    offset = bound.geometry.q_offset
-    causal = any(part.forbids_future() for part in bound.layout.parts())
-    return offset if causal and not isinstance(offset, Tensor) else None

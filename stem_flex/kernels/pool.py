@@ -32,6 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stem_flex.kernels.launch import Plan, launch
+
 # Tuning: elements a thread loads at a time, most warps a program, value dims squared at a time.
 ELEMENTS_PER_THREAD = 4
 MOST_WARPS = 8
@@ -253,6 +255,7 @@ def pool(
     sizes: Sizes,
     metric: str,
     value_weight: float,
+    plan: Plan,
 ) -> tuple[Tensor, Tensor]:
     """Pool q (B, Hq, Lq, D), k (B, Hkv, Lk, D), v (B, Hkv, Lk, Dv) into ``flats`` and ``stats`` (module docstring).
 
@@ -264,10 +267,10 @@ def pool(
     stats = torch.empty(stats_size(sizes, metric, value_weight), dtype=torch.float32, device=q.device)
     programs = sizes.batch * sizes.q_heads * sizes.q_blocks + sizes.key_blocks * (2 if value_weight != 0 else 1)
     q_stride, k_stride, v_stride = q.stride(), k.stride(), v.stride()
-    _pool_kernel[(programs,)](
+    args = (
         q, k, v, flats, stats, query_start, query_end, key_start, key_end,
         *q_stride[:3], *k_stride[:3], *v_stride[:3],
         sizes.batch, sizes.q_len, sizes.k_len, sizes.q_blocks, sizes.k_blocks, value_weight,
-        **pool_meta(sizes, metric),
     )  # fmt: skip
+    launch(_pool_kernel, programs, args, pool_meta(sizes, metric), plan, "pool")
     return flats, stats

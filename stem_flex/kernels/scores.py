@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stem_flex.kernels.launch import Plan, launch
 from stem_flex.kernels.pool import INTERPRETED, Sizes
 
 WORKSPACE_BYTES = 128 * 2**20
@@ -188,6 +189,7 @@ def score_rows(
     head_stride: int,
     row_stride: int,
     sizes: Sizes,
+    plan: Plan,
     *,
     has_bias: bool,
     full: bool,
@@ -198,9 +200,9 @@ def score_rows(
     allowed pair are written, and ``classes`` is not read.
     """
     programs, scale, meta = _scores_meta(sizes, chunk, flats.element_size(), has_bias, full)
-    _scores_kernel[(programs,)](
+    args = (
         flats, stats, rows, classes if full else None, out,
         sizes.batch, sizes.q_blocks, sizes.k_blocks, chunk.row, chunk.count, chunk.width,
         head_stride, row_stride, rows.stride(0) if rows.shape[0] > 1 else 0, *class_strides, scale,
-        **meta,
     )  # fmt: skip
+    launch(_scores_kernel, programs, args, meta, plan, ("scores", chunk.row))

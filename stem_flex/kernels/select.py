@@ -28,6 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stem_flex.kernels.launch import Plan, launch
+
 # Tuning: rows up to ONE_WARP candidates take one warp (32 keys a thread, no barriers), wider ones a warp for every
 # CANDIDATES_PER_WARP, up to MAX_WARPS; halvings + 1; smallest BLOCK compiled; guessed search steps.
 ONE_WARP = 1024
@@ -274,6 +276,7 @@ def select_rows(
     class_strides: tuple[int, int, int],
     buffer: Tensor,
     counts: Tensor,
+    plan: Plan,
     *,
     row: int,
     count: int,
@@ -290,8 +293,9 @@ def select_rows(
     ``hi - lo // 32 * 32`` over the rows.
     """
     _, batch, heads, q_blocks = counts.shape
-    _select_kernel[(batch * heads * count,)](
+    args = (
         scores, rows, budget, classes, buffer, counts, batch * heads, q_blocks, k_blocks, row, count,
         *score_strides, rows.stride(0) if rows.shape[0] > 1 else 0, *budget_strides, *class_strides,
-        sink, local, width, partial_columns, **_select_meta(heads, span),
+        sink, local, width, partial_columns,
     )  # fmt: skip
+    launch(_select_kernel, batch * heads * count, args, _select_meta(heads, span), plan, ("select", row))
