@@ -294,7 +294,7 @@ def _panel(rows: list[dict[str, Any]], model: str, names: list[str]) -> dict[str
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.ttft", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.ttft", description=(__doc__ or "").split("\n\n")[0])
     cuda = torch.cuda.is_available()
 
     def names(text: str) -> list[str]:

@@ -44,61 +44,28 @@ SIZES: dict[str, Any] = dict(
     bos_token_id=1,
     eos_token_id=None,
 )
-"""What a family needs besides, or instead; None leaves the config's own default."""
+# What a family needs besides, or instead.
 _LATENT = dict(num_key_value_heads=4)  # multi-head latent attention expands to all heads
 _WINDOW = dict(sliding_window=32, layer_types=["sliding_attention", "full_attention"])
+_LINEAR = dict(
+    layer_types=["linear_attention", "full_attention"],
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+)
+_MAMBA = dict(mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=16)
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys("axk1 deepseek_v2 deepseek_v3 glm4_moe_lite minicpm3 youtu".split(), _LATENT),
     **dict.fromkeys("cohere2 cohere2_moe exaone4 gemma2 gemma3_text gpt_oss ministral olmo3".split(), _WINDOW),
-    "llama4_text": dict(attention_chunk_size=32, layer_types=["chunked_attention", "full_attention"]),
-    "cohere_compass_text": dict(layer_types=["full_attention", "full_attention"]),
-    "gemma3n_text": dict(
-        layer_types=["sliding_attention", "full_attention"],
-        sliding_window=32,
-        num_kv_shared_layers=0,
-        vocab_size_per_layer_input=64,
-        hidden_size_per_layer_input=16,
-        laurel_rank=8,
-        activation_sparsity_pattern=0.0,
-    ),
+    **dict.fromkeys("qwen3_next qwen3_5_text qwen3_5_moe_text".split(), _LINEAR),
+    "bamba": dict(attn_layer_indices=[1], **_MAMBA),
     "gemma4_text": dict(vocab_size_per_layer_input=64, hidden_size_per_layer_input=16, sliding_window=32),
-    "gpt_neo": dict(attention_types=[[["global", "local"], 1]], window_size=32, num_layers=2),
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"], **_MAMBA),
     "jamba": dict(attn_layer_offset=1, attn_layer_period=2, use_mamba_kernels=False, mamba_dt_rank=4),
-    "bamba": dict(attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=16),
-    "granitemoehybrid": dict(
-        layer_types=["mamba", "attention"], mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=16
-    ),
-    "falcon_h1": dict(mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_ssm=128, mamba_d_state=16),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
-    "kimi_linear": dict(layer_types=["linear_attention", "full_attention"]),
-    "nemotron_h": dict(
-        layers_block_type=["mamba", "attention"], mamba_num_heads=8, mamba_head_dim=16, n_groups=1, ssm_state_size=16
-    ),
+    "llama4_text": dict(attention_chunk_size=32, layer_types=["chunked_attention", "full_attention"]),
     "zaya": dict(num_experts_per_tok=1),
-    "longcat_flash": dict(
-        num_layers=1, num_key_value_heads=4, expert_ffn_hidden_size=32, zero_expert_num=2, moe_topk=2
-    ),
-    "qwen3_next": dict(
-        layer_types=["linear_attention", "full_attention"],
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-    ),
-    "qwen3_5_text": dict(
-        layer_types=["linear_attention", "full_attention"],
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-    ),
-    "qwen3_5_moe_text": dict(
-        layer_types=["linear_attention", "full_attention"],
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-    ),
 }
 
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,11 +35,11 @@ SPARSE = StemConfig(schedule="fixed", k_start=1, block_size=16, stride=4, sink_b
 # exaone4 window and full layers, deepseek_v3 latent attention with Dv != D, gemma2 softcap, gpt_oss sinks,
 # llama4_text chunk layers, jamba and qwen3_next recurrent layers between, nemotron squared relu.
 FAMILIES = """
-afmoe apertus arcee aria_text axk1 biogpt bitnet cohere cohere2 ctrl cwm deepseek_v2 deepseek_v3 diffllama
-ernie4_5 exaone4 flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_neox gpt_oss granite
-granitemoe helium hunyuan_v1_dense jais2 jamba lfm2 llama llama4_text minicpm3 ministral mistral mixtral modernbert-decoder
-nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next seed_oss smollm3
-stablelm starcoder2
+afmoe apertus arcee aria_text axk1 biogpt bitnet cohere cohere2 ctrl cwm deepseek_v2 deepseek_v3 diffllama ernie4_5
+exaone4 flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_neox gpt_oss granite granitemoe
+helium hunyuan_v1_dense jais2 jamba lfm2 lfm2_moe llama llama4_text minicpm3 minimax_m2 ministral mistral mixtral
+modernbert-decoder nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3
+qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 stablelm starcoder2 youtu
 """.split()
 COMPILED = ("llama", "gemma2")
 
@@ -445,7 +448,7 @@ def test_names_that_transformers_reads_otherwise_are_refused(name):
 
 def test_old_transformers_are_refused(monkeypatch):
     monkeypatch.setattr(stem_hf.importlib.metadata, "version", lambda _: "5.4.1")
-    with pytest.raises(ImportError, match="needs transformers 5.5 or newer, got 5.4.1"):
+    with pytest.raises(ImportError, match=r"needs transformers 5\.5 or newer, got 5\.4\.1"):
         stem_hf.register()
 
 
@@ -480,7 +483,7 @@ def test_compiled_models_prefill_sparse_and_decode_in_one_graph(exactly):
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["bloom", "falcon", "gptj", "codegen", "mpt", "gpt_neo"])
+@pytest.mark.parametrize("family", ["bloom", "falcon", "gptj", "codegen", "mpt"])
 def test_models_without_the_attention_interface_are_refused(family):
     with pytest.raises(TypeError, match="does not use transformers' attention interface"):
         stem_hf.apply(tiny_model(family))
@@ -519,7 +522,7 @@ def test_attention_weights_are_refused(llama):
 
 def test_dropout_and_backward_are_refused(exactly):
     model = stem_hf.apply(tiny_model("llama", attention_dropout=0.1), KEEP_ALL, min_tokens=0)
-    with pytest.raises(ValueError, match="dropout must be 0 in a stem_flex prefill, got 0.1"):
+    with pytest.raises(ValueError, match=r"dropout must be 0 in a stem_flex prefill, got 0\.1"):
         model.train()(prompt())
     loss = model.eval()(prompt()).logits.sum()
     with pytest.raises(NotImplementedError, match="no backward pass"):
@@ -542,3 +545,29 @@ def test_apply_takes_models_and_known_names_only(llama):
     with pytest.raises(ValueError, match="min_tokens must be 0 or more, got -1"):
         stem_hf.apply(llama, min_tokens=-1)
     assert llama.config._attn_implementation == "sdpa"
+
+
+# -- the example and the benchmark ------------------------------------------------------------------------------------
+
+
+def test_the_example_runs(exactly, capsys):
+    path = Path(__file__).resolve().parent.parent / "examples" / "hf_generate.py"
+    spec = importlib.util.spec_from_file_location("example_hf_generate", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.main(["--new-tokens", "3"])
+    assert "stem in layers [1], dense in [0]" in capsys.readouterr().out
+
+
+def test_the_benchmark_measures_and_survives_a_failing_cell(exactly, monkeypatch, tmp_path):
+    ttft = pytest.importorskip("bench.ttft", reason="the benchmarks are not in this checkout")
+    monkeypatch.setattr(ttft, "_fa2", lambda *args, **kwargs: 1 / 0)
+    arguments = "--smoke --device cpu --dtype fp32 --models qwen3 --lengths 256 --dense-layers 0 --out"
+    rows = ttft.main([*arguments.split(), str(tmp_path)])
+    assert rows[0]["sdpa"]["error"] == "ZeroDivisionError: division by zero"
+    cell = rows[0]["stem"]
+    assert cell["paths"] == {"exact": 1, "stem": 2}
+    assert min(cell["attention_ms"], cell["mask_ms"], cell["rest_ms"]) > 0
+    saved = json.loads((tmp_path / "ttft.json").read_text())
+    assert saved["rows"][0]["stem"]["ms"]["median"] == cell["ms"].median
+    assert "| qwen3 | 256 | error |" in (tmp_path / "ttft.md").read_text()

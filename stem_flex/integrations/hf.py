@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
+from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -171,8 +171,9 @@ def prompt_length(tokens: int) -> Iterator[None]:
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     """``generate`` of the model's class, which lets the masks know how long the prompt is."""
     inputs = args[0] if args else kwargs.get("inputs")
-    for given in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), inputs):
-        if isinstance(given, torch.Tensor) and given.dim() >= 2 and given.shape[1] > 0:
+    candidates: list[Any] = [kwargs.get("inputs_embeds"), kwargs.get("input_ids"), inputs]
+    for given in candidates:
+        if isinstance(given, Tensor) and given.dim() >= 2 and given.shape[1] > 0:
             with prompt_length(given.shape[1]):
                 return type(self).generate(self, *args, **kwargs)
     return type(self).generate(self, *args, **kwargs)

@@ -44,9 +44,13 @@ def _needs_eager(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
     return settings.get("fallback", "sdpa") == "eager" or not _supports_sdpa(type(module).__module__)
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@torch.compiler.assume_constant_result  # around the cache, which a compiler would look through
 def _supports_sdpa(module_name: str) -> bool:
+    return _models_support_sdpa(module_name)
+
+
+@functools.cache
+def _models_support_sdpa(module_name: str) -> bool:
     models = [
         member
         for member in vars(sys.modules[module_name]).values()
@@ -70,14 +74,15 @@ def _additive(
     module: torch.nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> Tensor | None:
     """What eager attention adds to the scores: it takes neither bool masks nor None for causal."""
-    queries, keys = query.shape[2], key.shape[2]
     if mask is None:
         is_causal = kwargs.get("is_causal")
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        if queries == 1 or not is_causal:
+        if query.shape[2] == 1 or not is_causal:
             return None
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()[None, None]
-    if mask.dtype != torch.bool:
+        kept = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    elif mask.dtype == torch.bool:
+        kept = mask
+    else:
         return mask
     zero = torch.zeros((), dtype=query.dtype, device=query.device)
-    return torch.where(mask, zero, torch.finfo(query.dtype).min)
+    return torch.where(kept, zero, torch.finfo(query.dtype).min)
