@@ -32,7 +32,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging
 
 import stem_flex.integrations.hf as stem_hf
-from stem_flex.backend import flash_attn_func, has_flash
+from stem_flex._impl import installed
+from stem_flex.backend import flash_attn_func
 from stem_flex.integrations import hf_attention, hf_masks
 
 from . import plots, report
@@ -319,7 +320,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if unknown:
         parser.error(f"--models must be of {','.join(_SHAPES)}, got {','.join(sorted(unknown))}")
     if options.implementations is None:
-        options.implementations = ["sdpa", *(["fa4"] if cuda and has_flash() else []), "stem"]
+        options.implementations = ["sdpa", *(["fa4"] if cuda and installed("flash_attn.cute") else []), "stem"]
     if options.min_tokens is None:
         options.min_tokens = 0 if options.smoke else 8192
     return options

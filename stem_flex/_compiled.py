@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+_FIXED_SIZES = 256  # compilations of a kind of call whose sizes can't be left open
+
 
 def compiled(f: types.FunctionType, kind: Hashable) -> Callable:
     """``f`` compiled whole, separately for each ``kind``.
@@ -23,13 +25,23 @@ def compiled(f: types.FunctionType, kind: Hashable) -> Callable:
 
 @functools.cache
 def _compiled(f: types.FunctionType, kind: Hashable) -> Callable:
-    copy = types.FunctionType(f.__code__.replace(co_name=f"{f.__name__}_"), f.__globals__, f.__name__, f.__defaults__)
-    run = torch.compile(copy, fullgraph=True)
+    run, fixed_sizes = torch.compile(_copy(f), fullgraph=True), None
 
     @functools.wraps(f)
     def call(*args):
+        nonlocal fixed_sizes
         try:
-            return run(*args)
+            if fixed_sizes is None:
+                try:
+                    return run(*args)
+                except RuntimeError as error:  # Inductor's, whose class would cost seconds to import
+                    if "C++ compile error" not in str(error):
+                        raise
+                    # The C++ template replaces a symbol by its text, "ks7" inside "ks79" too, so that some masks
+                    # with captured tensors compile for fixed sizes only (torch 2.11 to 2.13): one each from here.
+                    fixed_sizes = torch.compile(_copy(f), fullgraph=True, dynamic=False)
+            with torch._dynamo.config.patch(recompile_limit=_FIXED_SIZES):
+                return fixed_sizes(*args)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise RuntimeError(
                 "flex_attention met more variants of one kind of call than torch._dynamo.config.recompile_limit "
@@ -38,3 +50,8 @@ def _compiled(f: types.FunctionType, kind: Hashable) -> Callable:
             ) from error
 
     return call
+
+
+def _copy(f: types.FunctionType) -> types.FunctionType:
+    code = f.__code__.replace(co_name=f"{f.__name__}_")
+    return types.FunctionType(code, f.__globals__, f.__name__, f.__defaults__)

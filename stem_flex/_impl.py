@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -20,7 +21,7 @@ def resolve(impl: str, tensor: Tensor) -> str:
         raise ValueError(f"impl must be 'auto', 'triton' or 'torch', got {impl!r}")
     if impl == "torch" or (impl == "auto" and not tensor.is_cuda):
         return "torch"
-    if not _has_triton():
+    if not installed("triton"):
         raise ImportError("impl='triton' needs Triton; pip install triton, or pass impl='torch'")
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
@@ -30,6 +31,19 @@ def resolve(impl: str, tensor: Tensor) -> str:
     return "triton"
 
 
-@functools.lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def constant(f: Callable) -> Callable:
+    """What torch.compiler.assume_constant_result does, without importing TorchDynamo for it."""
+    f._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return f
+
+
+@constant
+def installed(name: str) -> bool:
+    """Whether the module ``name`` can be imported."""
+    return _found(name)
+
+
+@functools.cache
+def _found(name: str) -> bool:
+    parent = name.rpartition(".")[0]
+    return (not parent or _found(parent)) and importlib.util.find_spec(name) is not None

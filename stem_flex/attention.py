@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -125,7 +126,7 @@ def explain(
         ValueError, ImportError: an explicit backend can't serve the call: the reason and the fix.
     """
     plain = (
-        (layout is None or layout.plain_causal)
+        (layout is None or (isinstance(layout, Layout) and layout.plain_causal))
         and _is_int(q_offset, 0)
         and q.shape[2] == k.shape[2]
         and (kv_len is None or _is_int(kv_len, k.shape[2]))
@@ -202,7 +203,14 @@ def _flex(q, k, v, block_mask, scale, score_mod, return_lse, options):
         kernel_options=options,
         return_aux=AuxRequest(lse=True) if return_lse else None,
     )
-    return (out[0], out[1].lse) if return_lse else out
+    if not return_lse:
+        return out
+    lse = out[1].lse
+    # PyTorch before it told FLASH's natural logarithms from TRITON's binary ones rescaled both
+    return out[0], lse / math.log(2) if options.get("BACKEND") == "FLASH" and not _LSE_BY_BACKEND else lse
+
+
+_LSE_BY_BACKEND = any("stats_are_log2" in getattr(c, "co_varnames", ()) for c in flex_attention.__code__.co_consts)
 
 
 def _check_mask(q: Tensor, k: Tensor, block_mask: BlockMask) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from stem_flex._impl import constant, installed
 from stem_flex.budget import tpd_budget
 from stem_flex.config import StemConfig
 
@@ -106,7 +106,7 @@ def causal_density(num_blocks: int, config: StemConfig) -> float:
 
 def flash_refusal(q: Tensor, v: Tensor, needs_grad: bool) -> str | None:
     """Why flex_attention's FLASH kernel can't serve, or None."""
-    if not has_flash():
+    if not installed("flash_attn.cute"):
         return "flash-attn-4 is not installed; pip install 'stem-flex[flash]'"
     capability = _capability(q.get_device())
     if capability[0] < 9:
@@ -120,25 +120,7 @@ def flash_refusal(q: Tensor, v: Tensor, needs_grad: bool) -> str | None:
     return None
 
 
-def _constant(f: Callable) -> Callable:
-    """What torch.compiler.assume_constant_result does, without importing TorchDynamo for it."""
-    f._dynamo_marked_constant = True
-    return f
-
-
-@_constant
-def has_flash() -> bool:
-    """Whether flash-attn-4 (the package flash_attn.cute) can be imported."""
-    return _installed("flash_attn.cute")
-
-
-@functools.cache
-def _installed(name: str) -> bool:
-    parent = name.rpartition(".")[0]
-    return (not parent or _installed(parent)) and importlib.util.find_spec(name) is not None
-
-
-@_constant
+@constant
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 

@@ -20,6 +20,7 @@ from stem_flex._check import check_int_tensor, check_positive, check_rows
 from stem_flex.binding import BoundLayout, MaskModFn, Spans, bind, from_position
 from stem_flex.documents import spans_of_ids, spans_of_lengths
 from stem_flex.geometry import Geometry
+from stem_flex.tables import block_mask_mod
 
 Side = Literal["left", "right"]
 
@@ -152,6 +153,7 @@ class Padding(Layout):
     side: Side
     causal: bool = True
     longest: int = field(default=0, repr=False)
+    from_host: bool = field(default=False, repr=False)
 
     def spans(self, geometry: Geometry) -> Spans:
         start, end = self.valid(geometry)
@@ -159,13 +161,14 @@ class Padding(Layout):
         return Spans(start[:, None].expand_as(geometry.positions_of(start)), torch.minimum(end[:, None], last))
 
     def valid(self, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        check_rows("padding lengths", self.lengths, geometry)
+        given = _on_device(self.lengths, geometry) if self.from_host else self.lengths
+        check_rows("padding lengths", given, geometry)
         if self.longest > geometry.k_len:
             raise ValueError(
                 f"padding lengths must be at most the {geometry.k_len} keys, got {self.longest}; "
                 "count the valid tokens among the keys given"
             )
-        lengths = self.lengths.to(torch.int32)
+        lengths = given.to(torch.int32)
         if self.side == "right":
             return torch.zeros_like(lengths), lengths
         end = geometry.key_end(like=lengths)
@@ -192,6 +195,7 @@ class Documents(Layout):
     causal: bool = True
     cu_seqlens: Tensor | None = None
     ids: Tensor | None = None
+    from_host: bool = field(default=False, repr=False)
 
     def spans(self, geometry: Geometry) -> Spans:
         start, end = self.prompt(geometry)
@@ -204,7 +208,14 @@ class Documents(Layout):
     def prompt(self, geometry: Geometry) -> tuple[Tensor, Tensor]:
         if self.starts.shape[0] not in (1, geometry.batch):
             raise ValueError(f"document ids must have 1 or {geometry.batch} rows, as q has, got {self.starts.shape[0]}")
-        return from_position(geometry, self.starts), from_position(geometry, self.ends)
+        starts, ends = self.starts, self.ends
+        if self.from_host:
+            starts, ends = _on_device(starts, geometry), _on_device(ends, geometry)
+        elif starts.device != geometry.device:
+            raise ValueError(
+                f"document tensors must be on q's device {geometry.device}, got {starts.device}; move them with .to()"
+            )
+        return from_position(geometry, starts), from_position(geometry, ends)
 
     def document_spans(self) -> tuple[Tensor, Tensor]:
         return self.starts, self.ends
@@ -304,8 +315,8 @@ def padding(lengths: Tensor | Sequence[int], side: Side = "left", *, causal: boo
     """Batch rows of different lengths: only ``lengths[b]`` tokens of row b are real, causal among them.
 
     Args:
-        lengths: int (B,), real tokens of each row among the keys given. ``side="left"``: the last ones (up to
-            ``kv_len`` where that is given), ``"right"``: the first ones.
+        lengths: int (B,) on q's device, or a list: real tokens of each row among the keys given. With
+            ``side="left"`` the last ones (up to ``kv_len`` where that is given), with "right" the first.
         side: where the padding stands.
         causal: False keeps every real key.
 
@@ -319,7 +330,7 @@ def padding(lengths: Tensor | Sequence[int], side: Side = "left", *, causal: boo
     values = tensor.tolist()
     if min(values, default=0) < 0:
         raise ValueError(f"padding lengths must be 0 or more, got {min(values)}")
-    return Padding(tensor, side, causal, max(values, default=0))
+    return Padding(tensor, side, causal, max(values, default=0), from_host=not isinstance(lengths, Tensor))
 
 
 def documents(
@@ -334,8 +345,8 @@ def documents(
     blocks that holds several documents takes those of its first query's.
 
     Args:
-        cu_seqlens: int (documents + 1,), cumulative lengths from 0, shared by the batch rows. Tokens after the
-            last one belong to no document and attend to nothing.
+        cu_seqlens: int (documents + 1,) on q's device, or a list: cumulative lengths from 0, shared by the
+            batch rows. Tokens after the last one belong to no document and attend to nothing.
         ids: int (tokens,) or (B, tokens) instead, the document of each token in contiguous runs.
         causal: False keeps every key of the document.
 
@@ -346,10 +357,15 @@ def documents(
     if cu_seqlens is not None:
         bounds = torch.as_tensor(cu_seqlens)
         starts, ends = spans_of_lengths(bounds)
-        return Documents(starts, ends, causal, cu_seqlens=bounds)
+        return Documents(starts, ends, causal, cu_seqlens=bounds, from_host=not isinstance(cu_seqlens, Tensor))
     tensor = torch.as_tensor(ids)
     starts, ends = spans_of_ids(tensor)
-    return Documents(starts, ends, causal, ids=tensor)
+    return Documents(starts, ends, causal, ids=tensor, from_host=not isinstance(ids, Tensor))
+
+
+def _on_device(tensor: Tensor, geometry: Geometry) -> Tensor:
+    """Numbers given as Python sequences follow q to its device, which waits for it when first bound there."""
+    return tensor.to(geometry.device)
 
 
 def from_mask_mod(f: Callable, B: int | None, H: int | None, Lq: int, Lk: int) -> Layout:
@@ -369,21 +385,4 @@ def from_block_mask(block_mask: BlockMask) -> Layout:
     """Any BlockMask as a layout: its block lists and its mask_mod, whatever its block size."""
     if not isinstance(block_mask, BlockMask):
         raise TypeError(f"block_mask must be a BlockMask, got {type(block_mask).__name__}")
-    return FromBlockMask(block_mask, _block_mask_mod(block_mask))
-
-
-def _block_mask_mod(block_mask: BlockMask) -> MaskModFn:
-    from stem_flex.tables import block_classes
-
-    classes = block_classes(block_mask)
-    batch, heads = classes.shape[:2]
-    (q_len, k_len), (q_block, k_block) = block_mask.seq_lengths, block_mask.BLOCK_SIZE
-    inner = block_mask.mask_mod
-
-    def block_mask_mod(b, h, q, kv):
-        # lengths are rounded up to the blocks of whoever asks, which may pass this mask's tables
-        q, kv = q.clamp(max=q_len - 1), kv.clamp(max=k_len - 1)
-        kept = classes[b if batch > 1 else 0, h if heads > 1 else 0, q // q_block, kv // k_block]
-        return (kept == 2) | ((kept == 1) & inner(b, h, q, kv))
-
-    return block_mask_mod
+    return FromBlockMask(block_mask, block_mask_mod(block_mask))

@@ -137,3 +137,19 @@ def _listed(counts: Tensor, indices: Tensor, k_blocks: int) -> Tensor:
     index = torch.where(column < counts[..., None], indices, k_blocks).long()
     found = torch.zeros(*indices.shape[:-1], k_blocks + 1, dtype=torch.bool, device=indices.device)
     return found.scatter_(-1, index, True)[..., :k_blocks]
+
+
+def block_mask_mod(block_mask: BlockMask) -> MaskModFn:
+    """The tokens that a BlockMask computes, by its block lists and its mask_mod, as a mask_mod."""
+    classes = block_classes(block_mask)
+    batch, heads = classes.shape[:2]
+    (q_len, k_len), (q_block, k_block) = block_mask.seq_lengths, block_mask.BLOCK_SIZE
+    inner = block_mask.mask_mod
+
+    def kept_mask(b, h, q, kv):
+        # lengths are rounded up to the blocks of whoever asks, which may pass this mask's tables
+        q, kv = q.clamp(max=q_len - 1), kv.clamp(max=k_len - 1)
+        kept = classes[b if batch > 1 else 0, h if heads > 1 else 0, q // q_block, kv // k_block]
+        return (kept == FULL) | ((kept == PARTIAL) & inner(b, h, q, kv))
+
+    return kept_mask

@@ -36,6 +36,8 @@ ONE_WARP = 1024
 CANDIDATES_PER_WARP = 512
 MAX_WARPS = 16
 LEVELS = 3
+REGISTERS_ONE_WARP = 96  # most registers a thread: more rows on a multiprocessor hide each other's waits
+REGISTERS = 64
 SMALLEST_BLOCK = 256
 INTERPOLATIONS = 16
 
@@ -156,6 +158,7 @@ def _select_row(
     if classes is not None:
         candidate = candidate & (tl.load(classes + j, mask=candidate, other=0) > 0)
         n = tl.sum(candidate.to(tl.int32))
+        low = tl.min(tl.where(candidate, j, 2147483647 - sink))  # sinks start at this head's first candidate
     key = tl.where(candidate, _to_key(score), _NO_KEY)
     least = n * 0 + _DROPPED + 1
     if k < n:
@@ -250,8 +253,8 @@ def _select_meta(q_heads: int, span: int) -> dict[str, object]:
     block = max(SMALLEST_BLOCK, triton.next_power_of_2(span))
     warps = 1 if block <= ONE_WARP else min(MAX_WARPS, block // CANDIDATES_PER_WARP)
     return dict(
-        Q_HEADS=q_heads, INTERPOLATIONS=INTERPOLATIONS, LEVELS=LEVELS, BLOCK=block,
-        num_warps=warps,
+        Q_HEADS=q_heads, INTERPOLATIONS=INTERPOLATIONS, LEVELS=LEVELS, BLOCK=block, num_warps=warps,
+        maxnreg=REGISTERS_ONE_WARP if warps == 1 else REGISTERS,
     )  # fmt: skip
 
 
