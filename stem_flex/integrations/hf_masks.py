@@ -106,7 +106,8 @@ class StemMask:
     def layout(self) -> SharedLayout:
         """The mask as a layout."""
         if self._layout is None:
-            self._layout = SharedLayout(self._general() if self.pattern is None else self._recognised())
+            with torch.inference_mode(False):  # bindings look at tensor versions, which inference tensors lack
+                self._layout = SharedLayout(self._general() if self.pattern is None else self._recognised())
         return self._layout
 
     def _recognised(self) -> Layout:
