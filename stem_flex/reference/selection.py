@@ -130,9 +130,7 @@ def _routing(q: Tensor, k: Tensor, stride: int, BQ: int, BK: int) -> Tensor:
     nq, nk = BQ // stride, BK // stride
     # Scaled last: the means of small integers are exact, so equal scores stay equal.
     means = [[part.mean() for part in rows.split(nk, dim=1)] for rows in cells.split(nq, dim=0)]
-    return torch.tensor([[x.item() for x in row] for row in means], dtype=q.dtype) / (
-        math.sqrt(q.shape[1]) * stride
-    )
+    return torch.tensor([[x.item() for x in row] for row in means], dtype=q.dtype) / (math.sqrt(q.shape[1]) * stride)
 
 
 def value_magnitude(v: Tensor, valid: tuple[int, int], config: StemConfig) -> Tensor:
@@ -221,8 +219,6 @@ def block_keep(
                 count = int(given[b, h, i] if rows is None else rows[place.position])  # type: ignore[index]
                 candidates = allowed[b, h, i].nonzero().flatten().tolist()
                 best = rank(scores[b, h, i].tolist(), candidates)[: max(count, 1)]
-                forced = forced_blocks(
-                    candidates, place.own_lo, place.own_hi, config.sink_blocks, config.local_blocks
-                )
+                forced = forced_blocks(candidates, place.own_lo, place.own_hi, config.sink_blocks, config.local_blocks)
                 keep[b, h, i, sorted({*best, *forced})] = True
     return keep

@@ -156,9 +156,7 @@ def token_ranges(layout: Any, b: int, keys: int) -> list[tuple[int, int]]:
     return ranges
 
 
-def query_range(
-    layout: Any, b: int, Lk: int, offset: int, Lq: int, kv_len: int | Tensor | None
-) -> tuple[int, int]:
+def query_range(layout: Any, b: int, Lk: int, offset: int, Lq: int, kv_len: int | Tensor | None) -> tuple[int, int]:
     """[start, end) of the LOCAL query indices that are not padding, of batch row b."""
     first, last = 0, Lq
     for start, end in token_ranges(layout, b, per_row(kv_len, b + 1, Lk)[b]):

@@ -46,9 +46,7 @@ def assert_valid_block_mask(
     _check_tables(block_mask)
     partial, full = reference.dense_blocks(block_mask)
     both = partial & full
-    assert not both.any(), (
-        f"blocks in both the partial and the full list, at (b, h, row, block) {_first(both)}"
-    )
+    assert not both.any(), f"blocks in both the partial and the full list, at (b, h, row, block) {_first(both)}"
     if not check_classes:
         return
     for row, classes in _row_classes(block_mask):
@@ -73,15 +71,11 @@ def _check_tables(m: BlockMask) -> None:
     if m.full_kv_num_blocks is not None:
         tables.append(("full", m.full_kv_num_blocks, m.full_kv_indices))
     for name, counts, indices in tables:
-        assert counts.dtype == indices.dtype == torch.int32, (
-            f"{name}: {counts.dtype}, {indices.dtype}, not int32"
-        )
+        assert counts.dtype == indices.dtype == torch.int32, f"{name}: {counts.dtype}, {indices.dtype}, not int32"
         assert counts.shape == m.kv_num_blocks.shape, f"{name} counts {tuple(counts.shape)}"
         assert indices.shape == m.kv_indices.shape, f"{name} table {tuple(indices.shape)}"
         assert indices.shape[:-1] == counts.shape, f"{name}: {tuple(indices.shape)} for {tuple(counts.shape)}"
-        assert counts.shape[2] == Qb, (
-            f"{name}: {counts.shape[2]} rows for {m.seq_lengths[0]} queries of {q_block}"
-        )
+        assert counts.shape[2] == Qb, f"{name}: {counts.shape[2]} rows for {m.seq_lengths[0]} queries of {q_block}"
         width = indices.shape[-1]
         wrong = (counts < 0) | (counts > width)
         assert not wrong.any(), f"{name} counts outside [0, width {width}] at (b, h, row) {_first(wrong)}"

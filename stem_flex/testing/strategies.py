@@ -179,13 +179,9 @@ def _head_window(size: int, seed: int, q: Any, k: Any) -> Callable:
 
 def _document_table(size: int, seed: int, q: Tensor, k: Tensor) -> Callable:
     tokens = max(q.shape[2], k.shape[2])
-    ids = (
-        torch.rand(tokens, generator=torch.Generator().manual_seed(seed)).lt(1 / size).cumsum(0).to(q.device)
-    )
+    ids = torch.rand(tokens, generator=torch.Generator().manual_seed(seed)).lt(1 / size).cumsum(0).to(q.device)
     last = tokens - 1
-    return _named(
-        lambda b, h, i, j: (ids[i.clamp(max=last)] == ids[j.clamp(max=last)]) & (i >= j), f"documents_{size}"
-    )
+    return _named(lambda b, h, i, j: (ids[i.clamp(max=last)] == ids[j.clamp(max=last)]) & (i >= j), f"documents_{size}")
 
 
 def _block_table(size: int, seed: int, q: Tensor, k: Tensor) -> Callable:
@@ -259,9 +255,7 @@ def _part(draw: Callable, st: Any, kind: str, q: Any, k: Any, longest: int, caus
         bounds = torch.tensor([0, *cuts, longest], device=q.device)
         return layout_module.documents(bounds, causal=causal)
     rows = [sorted(draw(st.lists(st.integers(0, longest), max_size=5))) for _ in range(B)]
-    ids = torch.stack(
-        [torch.bucketize(torch.arange(longest), torch.tensor(row, dtype=torch.long)) for row in rows]
-    )
+    ids = torch.stack([torch.bucketize(torch.arange(longest), torch.tensor(row, dtype=torch.long)) for row in rows])
     return layout_module.documents(ids=ids.to(q.device), causal=causal)
 
 
