@@ -16,6 +16,7 @@ from stem_flex.config import StemConfig
 from stem_flex.dense import dense_causal
 from stem_flex.layout import Layout
 from stem_flex.mask import stem_block_mask
+from stem_flex.selftest import check_block_lists
 
 
 def stem_attention(
@@ -179,10 +180,19 @@ def sparse_prefill(
         )
     if torch.compiler.is_compiling():
         return _flex(q, k, v, block_mask, scale, score_mod, return_lse, merged)
+    if name == "flash":
+        check_block_lists(_flash, q, k, v)
     kind = (name, q.dtype, q.shape[0] == 1, q.shape[1], *k.shape[1::2], v.shape[3], return_lse, needs_grad)
     kind = (*kind, tuple(block_mask.BLOCK_SIZE), _code(block_mask.mask_mod), _code(score_mod), scale)
     kind = (*kind, *sorted(merged.items()))
     return compiled(_flex, kind)(q, k, v, block_mask, scale, score_mod, return_lse, merged)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
+    options = kernel_options("flash", q, v, (128, 128))
+    return compiled(_flex, ("self-test", *q.shape, *k.shape, v.shape[3], q.dtype))(
+        q, k, v, block_mask, None, None, False, options
+    )
 
 
 def _flex(q, k, v, block_mask, scale, score_mod, return_lse, options):
