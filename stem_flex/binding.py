@@ -148,8 +148,9 @@ def bind(
         return _bind(layout, Geometry.of(*key), memo=False)
     tensors = layout.tensors()
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if tensors and capturing:
-        return _bind(layout, Geometry.of(*key), memo=False)  # a graph reads the tensors when it is replayed
+    if tensors and (capturing or any(tensor.is_inference() for tensor in tensors)):
+        # a graph reads the tensors when it is replayed; inference tensors don't tell when they change
+        return _bind(layout, Geometry.of(*key), memo=False)
     memo: dict[tuple, BoundLayout] = layout.__dict__.setdefault("_memo", {})
     key_now = (*key, *(tensor._version for tensor in tensors))
     bound = memo.get(key_now)

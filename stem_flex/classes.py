@@ -47,9 +47,12 @@ def classify(
 
 def over_tokens(mask_mod, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
     """``mask_mod`` at every combination of the given indices, bool (b, h, q, kv)."""
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex  # seconds to import
+
     mapped = torch.vmap(mask_mod, in_dims=(None, None, None, 0))
     mapped = torch.vmap(mapped, in_dims=(None, None, 0, None))
     mapped = torch.vmap(mapped, in_dims=(None, 0, None, None))
     mapped = torch.vmap(mapped, in_dims=(0, None, None, None))
-    kept = mapped(b, h, q, kv)
+    with TransformGetItemToIndex():  # lets a mask_mod index captured tensors, as create_block_mask does
+        kept = mapped(b, h, q, kv)
     return kept.expand(b.numel(), h.numel(), q.numel(), kv.numel()).to(torch.bool)
