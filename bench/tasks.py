@@ -20,37 +20,15 @@ import itertools
 import random
 import string
 import sysconfig
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from bench.words import ADJECTIVES, KINDS, NOUNS, PLURALS, distinct, number, similar_keys, word_pair
+
 Encode = Callable[[str], list[int]]
-
-ADJECTIVES = """able agile amber ancient arctic austere autumn bashful bitter blazing bold brave breezy bright brisk
-broken bronze bumpy calm careful chilly clever cloudy coastal copper cosmic crimson crispy curious dapper daring deep
-distant drowsy dusty eager earnest elastic emerald faded famous fearless feathered fierce flaky fluffy foggy fragile
-frosty frozen fuzzy gentle giddy gilded glossy golden grumpy hasty hazel hidden hollow humble hungry icy idle ivory
-jagged jolly jovial keen kindly lavish lazy lively lofty lonely loyal lucky lunar magenta mellow merry misty modest
-muddy narrow nimble noble noisy oblong orange ornate pale patient pearly placid plucky polished proud purple quaint
-quick quiet radiant rapid restless rocky royal ruby rugged rustic salty scarlet shady shiny silent silver sleepy slender
-smoky snowy solar solemn sparse spicy spotted stormy sturdy sunny swift tame tangy tender tidy tiny topaz tranquil
-tropical unruly upbeat velvet vibrant violet vivid wandering wary wild windy winter wise witty woolly yellow zesty""".split()
-
-NOUNS = """acorn anchor antler apricot arrow badger bagel balcony bamboo banjo barley beacon beaver biscuit blanket blossom
-bonnet boulder bramble bridge bucket buffalo cabin cactus camel candle canyon carrot castle cedar cello chapel cherry
-chimney cider cinnamon clarinet clover cobbler compass coral cottage cricket crystal curtain cypress daisy dolphin dragon
-drummer eagle easel elbow engine falcon feather fiddle finch forest fountain galaxy garden garlic geyser ginger glacier
-goblet gondola gopher grape grove hammock harbor harvest hazelnut heron hillside honey iceberg island jasmine jigsaw
-juniper kettle kitten ladder lagoon lantern lemon lettuce lily lizard lobster magnet mango maple marble meadow melon
-mitten monsoon mountain muffin mushroom nectar needle nutmeg oasis ocean olive onion orchard orchid otter oyster paddle
-panther papaya parrot peacock pebble pelican pepper pigeon pillow pirate planet plaza pocket pony puddle puffin pumpkin
-quarry rabbit raccoon radish raven ribbon river robin rocket saddle saffron salmon satchel scooter shadow shovel sparrow
-spinach spiral sponge squirrel stadium starling statue sunset tavern teapot temple thimble thunder tiger timber tomato
-trumpet tulip tunnel turnip turtle valley vessel village viola volcano waffle wagon walnut walrus whistle willow window
-wizard yogurt zebra zipper""".split()
 
 
 @dataclass(frozen=True)
@@ -76,7 +54,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Example:
-    """A task as tokens. `scored[i]` refers to `ids[answer_start + i]`; `needles` are the statements' first tokens."""
+    """A task as tokens.
+
+    scored: bool, of ids[answer_start + i]. needles: the first token of every statement.
+    asked: [first, last) tokens of the statements that hold a scored value.
+    """
 
     family: str
     ids: np.ndarray
@@ -84,47 +66,11 @@ class Example:
     scored: np.ndarray
     values: tuple[str, ...]
     needles: tuple[int, ...]
+    asked: tuple[tuple[int, int], ...] = ()
 
 
-# ---- keys and values ---------------------------------------------------------------------------------------------
-
-
-def word_pair(rng: random.Random) -> str:
-    """An adjective-noun key, 'amber-falcon'."""
-    return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
-
-
-def number(rng: random.Random, digits: int = 7) -> str:
-    """A number of exactly `digits` digits."""
-    return str(rng.randrange(10 ** (digits - 1), 10**digits))
-
-
-def uuid_like(rng: random.Random) -> str:
-    """A version 4 UUID drawn from `rng`."""
-    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
-
-
-KINDS: dict[str, Callable[[random.Random], str]] = {"word": word_pair, "number": number, "uuid": uuid_like}
-PLURALS = {"word": "words", "number": "numbers", "uuid": "uuids"}
-
-
-def distinct(make: Callable[[random.Random], str], count: int, rng: random.Random) -> list[str]:
-    """`count` different strings."""
-    seen: dict[str, None] = {}
-    while len(seen) < count:
-        seen.setdefault(make(rng))
-    return list(seen)
-
-
-def similar_keys(key: str, count: int, rng: random.Random) -> list[str]:
-    """Word-pair keys that share the adjective or the noun of `key`."""
-    adjective, noun = key.split("-", 1)
-    found: dict[str, None] = {}
-    while len(found) < count:
-        other = f"{adjective}-{rng.choice(NOUNS)}" if rng.random() < 0.5 else f"{rng.choice(ADJECTIVES)}-{noun}"
-        if other != key:
-            found.setdefault(other)
-    return list(found)
+class AnswerTooLongError(ValueError):
+    """An answer takes more tokens than it was given."""
 
 
 # ---- needles -----------------------------------------------------------------------------------------------------
@@ -261,7 +207,7 @@ def common_words(rng: random.Random, *, items: int, common: int = 10, ratio: int
 
 
 def frequent_words(rng: random.Random, *, items: int, top: int = 3, alpha: float = 2.0) -> Task:
-    """A list of `items` coined words drawn from a zeta distribution; the `top` most frequent are asked for, in order."""
+    """A list of `items` coined words drawn from a zeta distribution; the `top` most frequent are asked, in order."""
 
     def coined(r: random.Random) -> str:
         return "".join(r.choice("bdfgklmnprstvz") + r.choice("aeiou") for _ in range(3))
@@ -327,8 +273,11 @@ def assemble(
     breaks: np.ndarray,
     *,
     bos: int | None = None,
+    answer_room: int | None = None,
 ) -> Example:
     """Hide task `seed` of `family` in real text; prompt and answer together take exactly `length` tokens.
+
+    With `answer_room` the prompt takes exactly `length - answer_room` tokens, wherever the answer ends.
 
     The word-list families have no haystack: they fill what the list leaves with text in front of it.
 
@@ -348,8 +297,14 @@ def assemble(
     head = ([] if bos is None else [bos]) + encode(task.intro)
     lines = [encode("\n" + line) for line in task.lines]
     pieces = [encode(text) for text, _ in task.answer]
+    answer_tokens = sum(map(len, pieces))
+    if answer_room is not None and answer_tokens > answer_room:
+        raise AnswerTooLongError(
+            f"answer_room must be at least {answer_tokens} for this {family} task, got {answer_room}"
+        )
     question = encode(task.question)
-    room = length - len(head) - len(question) - sum(map(len, lines)) - sum(map(len, pieces))
+    room = length - len(head) - len(question) - sum(map(len, lines))
+    room -= answer_tokens if answer_room is None else answer_room
     if room < 0:
         raise ValueError(
             f"length must be at least {length - room} tokens for this {family} task, got {length}; raise it"
@@ -360,13 +315,15 @@ def assemble(
     text = np.asarray(haystack[start : start + room], dtype=np.int64)
     places = _places(text, breaks, len(lines), rng) if task.haystack else [room] * len(lines)
     ids: list[int] = list(head)
-    needles_at = []
+    needles_at, asked = [], []
     last = 0
-    for place, line in zip(places, lines, strict=True):
+    for place, line, text_of_line in zip(places, lines, task.lines, strict=True):
         ids += text[last:place].tolist()
         last = place
         needles_at.append(len(ids))
         ids += line
+        if any(value in text_of_line for value in task.values):
+            asked.append((needles_at[-1], len(ids)))
     ids += text[last:].tolist() + question
     scored = [flag for piece, (_, flag) in zip(pieces, task.answer, strict=True) for _ in piece]
     answer_start = len(ids)
@@ -378,6 +335,7 @@ def assemble(
         np.asarray(scored, bool),
         task.values,
         tuple(needles_at),
+        tuple(asked),
     )
 
 
