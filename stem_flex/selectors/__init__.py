@@ -1,0 +1,99 @@
+"""Block scores by name: Stem's own, its parts, and others that stand where they stand.
+
+A selector is a function ``scores(q, k, v, config, *, layout=None, q_offset=0)`` that returns float32
+(B, Hq, Qb, Kb), -inf where the layout allows no pair, and the settings it differs by from the caller's
+configuration. :func:`stem_flex.select.select_blocks` turns scores of any origin into tables::
+
+    register("mine", my_scores, "what it looks at")
+
+makes ``python -m bench.ruler --selector mine`` and ``python -m bench.accuracy`` measure it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from stem_flex.config import StemConfig
+from stem_flex.score import oam_scores
+from stem_flex.selectors import oracle, sketch
+
+__all__ = ["Selector", "get", "names", "register"]
+
+ScoreFn = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Selector:
+    """A way to score block pairs.
+
+    Attributes:
+        name: what it is called on command lines and in tables.
+        scores: ``(q, k, v, config, *, layout=None, q_offset=0) -> (B, Hq, Qb, Kb)``.
+        note: one line on what it looks at.
+        settings: fields of :class:`StemConfig` that make it what it is.
+        experimental: not a published method.
+    """
+
+    name: str
+    scores: ScoreFn
+    note: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    experimental: bool = False
+
+    def configured(self, config: StemConfig) -> StemConfig:
+        """``config`` with this selector's own settings."""
+        return replace(config, **self.settings)
+
+
+_SELECTORS: dict[str, Selector] = {}
+
+
+def register(name: str, scores: ScoreFn, note: str, *, experimental: bool = False, **settings: Any) -> Selector:
+    """Add a selector; ``settings`` are fields of :class:`StemConfig`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _SELECTORS:
+        raise ValueError(f"name must be a new one, got {name!r}, which {_SELECTORS[name].note!r} has; choose another")
+    _SELECTORS[name] = Selector(name, scores, note, settings, experimental)
+    return _SELECTORS[name]
+
+
+def get(name: str) -> Selector:
+    """The selector called ``name``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in _SELECTORS:
+        raise ValueError(f"selector must be one of {names()}, got {name!r}")
+    return _SELECTORS[name]
+
+
+def names() -> list[str]:
+    """Names of all selectors, in the order of their registration."""
+    return list(_SELECTORS)
+
+
+register("sam", oam_scores, "routing only, the same budget for every row", value_weight=0.0, mu=1.0)
+register("sam+tpd", oam_scores, "routing only, budgets decay along the prompt", value_weight=0.0, mu=0.7)
+register("oam", oam_scores, "routing and z-scored value magnitude, the same budget for every row", mu=1.0)
+register("stem", oam_scores, "routing, z-scored value magnitude, decaying budgets: as published", mu=0.7)
+register("stem-log", oam_scores, "Stem with the paper's Eq. 7 magnitude", metric="log", mu=0.7)
+register(
+    "sketch", sketch.scores, "attention between 16 means of each block, mean and maximum", experimental=True, mu=1.0
+)
+register("sketch+tpd", sketch.scores, "the block sketch with budgets that decay", experimental=True, mu=0.7)
+register(
+    "sketch-outliers",
+    sketch.outlier_scores,
+    "attention between 16 outlier queries + 8 means and 4 outlier keys + 8 means",
+    experimental=True,
+    mu=1.0,
+)
+register("oracle", oracle.scores, "the largest true attention mass any token gives the block", mu=1.0)

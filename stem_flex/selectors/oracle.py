@@ -1,0 +1,83 @@
+"""The oracle: what dense attention really gives each block. Costs as much as dense attention; a yardstick."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from stem_flex._check import check_qkv
+from stem_flex._impl import resolve
+from stem_flex.config import StemConfig
+from stem_flex.layout import Layout
+
+
+def scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: StemConfig | None = None,
+    *,
+    layout: Layout | None = None,
+    q_offset: int | Tensor = 0,
+) -> Tensor:
+    """The largest attention mass that a token of the query block gives the key block, in dense attention.
+
+    Args:
+        q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv), not looked at.
+        config: its block sizes count; None means ``StemConfig()``.
+        layout: None (causal) or ``causal()``.
+        q_offset: keys before the first query, an int.
+
+    Returns:
+        float32 (B, Hq, Qb, Kb), -inf above the diagonal.
+
+    Raises:
+        ValueError: another layout.
+    """
+    config = config or StemConfig()
+    check_qkv(q, k, v)
+    if layout is not None and not layout.plain_causal:
+        raise ValueError(f"layout must be None or causal() for the oracle, got {type(layout).__name__}")
+    if isinstance(q_offset, Tensor):
+        raise ValueError("q_offset must be an int for the oracle, got a tensor")
+    block = (config.query_block, config.key_block)
+    _, peak = block_mass(q, k, block, q_offset=q_offset)
+    rows = torch.arange(peak.shape[2], device=q.device)[:, None] * block[0] + block[0] - 1 + q_offset
+    hidden = torch.arange(peak.shape[3], device=q.device) * block[1] > rows.clamp(max=q_offset + q.shape[2] - 1)
+    return peak.masked_fill(hidden, -math.inf)
+
+
+def block_mass(
+    q: Tensor, k: Tensor, block: tuple[int, int], *, q_offset: int = 0, scale: float | None = None, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Mass of dense causal attention on every block: mean and largest over the query block's tokens.
+
+    Goes through the queries block by block; nothing of size Lq x Lk is held.
+
+    Returns:
+        float32 (B, Hq, Qb, Kb) twice; the mean's rows sum to 1. Zero where causality forbids.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if resolve(impl, q) == "triton":
+        from stem_flex.kernels.mass import block_mass_kernel
+
+        return block_mass_kernel(q, k, block, q_offset, scale)
+    batch, heads, q_len, _ = q.shape
+    k_len, (q_block, k_block) = k.shape[2], block
+    blocks = -(-q_len // q_block), -(-k_len // k_block)
+    mean = torch.zeros(batch, heads, *blocks, device=q.device)
+    peak = torch.zeros_like(mean)
+    for row in range(blocks[0]):
+        part = slice(row * q_block, min((row + 1) * q_block, q_len))
+        end = min(k_len, q_offset + part.stop)
+        keys = k[:, :, :end].float().repeat_interleave(heads // k.shape[1], 1)
+        logits = q[:, :, part].float() @ keys.mT * scale
+        positions = torch.arange(part.start, part.stop, device=q.device)[:, None] + q_offset
+        weights = logits.masked_fill_(torch.arange(end, device=q.device) > positions, -math.inf).softmax(-1)
+        weights = torch.nn.functional.pad(weights, (0, -end % k_block))
+        mass = weights.unflatten(-1, (-1, k_block)).sum(-1)
+        mean[:, :, row, : mass.shape[-1]] = mass.mean(2)
+        peak[:, :, row, : mass.shape[-1]] = mass.amax(2)
+    return mean, peak
