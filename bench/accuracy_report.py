@@ -1,0 +1,324 @@
+"""Tables and figures of bench.accuracy, from its accuracy.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stem_flex.selectors import get, names
+
+from .plots import COLORS, GRID, INK
+from .report import short, show
+from .ruler import wilson
+
+Row = dict[str, Any]
+PROTOCOLS = ("prompt", "all")
+
+
+def write(path: Path) -> Row:
+    """Write accuracy.json, accuracy.md and the figures beside accuracy.jsonl, print the main table."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    result = summarize(rows)
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(result))
+    columns, table = main_cells(result)
+    show("answers found, by density", columns, table)
+    draw(result, path.with_suffix(".png"))
+    draw_detail(result, path.with_name("accuracy_detail.png"))
+    return result
+
+
+def pooled(rows: Iterable[Row]) -> Row:
+    """One cell of several passes: hits, samples, share and interval by protocol and family, and the text loss."""
+    rows = list(rows)
+    cell: Row = {"computed": rows[0]["computed"], "passes": len(rows)}
+    for protocol in PROTOCOLS:
+        hits: dict[str, str] = defaultdict(str)
+        for row in rows:
+            for family, found in row[protocol].items():
+                hits[family] += found
+        everything = "".join(hits.values())
+        low, high = wilson(everything.count("1"), len(everything))
+        cell[protocol] = {
+            "right": everything.count("1"), "samples": len(everything), "low": low, "high": high,
+            "share": everything.count("1") / max(1, len(everything)),
+            "families": {family: [found.count("1"), len(found)] for family, found in hits.items()},
+        }  # fmt: skip
+    losses = np.array([loss for row in rows for loss in row["loss"]])
+    cell["loss"] = float(losses.mean())
+    return cell
+
+
+def summarize(rows: Sequence[Row]) -> Row:
+    """Everything measured, passes pooled."""
+
+    def of(section: str) -> list[Row]:
+        return [row for row in rows if row["section"] == section]
+
+    def grouped(section: str, *keys: str) -> list[Row]:
+        groups: dict[tuple, list[Row]] = defaultdict(list)
+        for row in of(section):
+            groups[tuple(json.dumps(row[key]) for key in keys)].append(row)
+        return [{key: group[0][key] for key in keys} | pooled(group) for group in groups.values()]
+
+    environment = (of("environment") or [{}])[0]
+    dense_loss = {row["turn"]: float(np.mean(row["loss"])) for row in of("main") if row["selector"] == "dense"}
+    for row in of("main"):  # paired: passes read different text
+        row["extra"] = float(np.mean(row["loss"])) - dense_loss.get(row["turn"], float("nan"))
+    main = grouped("main", "selector", "density")
+    for cell in main:
+        extra = [r["extra"] for r in of("main") if (r["selector"], r["density"]) == (cell["selector"], cell["density"])]
+        cell["extra_loss"] = float(np.mean(extra))
+    return {
+        "environment": environment,
+        "main": main,
+        "ablations": grouped("ablation", "option", "value", "density"),
+        "lengths": grouped("length", "length", "selector", "density"),
+        "bands": [
+            cell | {"kl": row["kl"]} for row, cell in zip(of("bands"), grouped("bands", "kind", "band"), strict=True)
+        ],
+        "layers": layers(of("layers")),
+        "failures": of("failure"),
+        "seconds": (of("end") or [{"seconds": None}])[0]["seconds"],
+    }
+
+
+def layers(rows: Sequence[Row]) -> Row:
+    """Means by selector and layer; needle counts by layer and head."""
+    if not rows:
+        return {}
+    losses: dict[str, list[Row]] = {}
+    for name in rows[0]["names"]:
+        by_layer = zip(*(row["losses"][name] for row in rows), strict=True)
+        losses[name] = []
+        for cells in by_layer:
+            strong = sum(cell["strong"] for cell in cells)
+            kept = sum(cell["strong_kept"] * cell["strong"] for cell in cells)
+            losses[name].append({
+                "error": float(np.mean([cell["error"] for cell in cells])),
+                "mass": float(np.mean([cell["mass"] for cell in cells])),
+                "strong": strong, "strong_kept": kept / max(1, strong),
+            })  # fmt: skip
+    counts = np.sum([row["needles"] for row in rows], axis=0)
+    heads = [
+        {"layer": layer, "head": head, "strong": int(cell[0]),
+         "kept": {name: int(n) for name, n in zip(rows[0]["names"], cell[1:], strict=True)}}
+        for layer, by_head in enumerate(counts) for head, cell in enumerate(by_head) if cell[0]
+    ]  # fmt: skip
+    heads.sort(key=lambda cell: -cell["strong"])
+    return {"density": rows[0]["density"], "losses": losses, "heads": heads}
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+
+def _share(cell: Row) -> str:
+    return f"{cell['share']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
+
+
+def _cells(result: Row) -> tuple[list[float], dict[tuple[str, float], Row], list[str]]:
+    cells = {(cell["selector"], cell["density"]): cell for cell in result["main"]}
+    densities = sorted({density for _, density in cells if density < 1})
+    shown = [name for name in dict.fromkeys(name for name, _ in cells) if name != "dense"]
+    return densities, cells, shown
+
+
+def main_cells(result: Row) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the main table: protocol by selector and density."""
+    densities, cells, shown = _cells(result)
+    columns = ["selector", "protocol", *(f"{density:.0%}" for density in densities)]
+    table = []
+    for protocol in (*PROTOCOLS, "text"):
+        dense = cells.get(("dense", 1.0))
+        if dense:
+            value = f"{dense['loss']:.3f} nats" if protocol == "text" else _share(dense[protocol])
+            table.append(["dense (100 %)", protocol, value, *[""] * (len(densities) - 1)])
+        for name in shown:
+            line = [name, protocol]
+            for density in densities:
+                cell = cells.get((name, density))
+                if cell is None:
+                    line.append("")
+                else:
+                    line.append(f"+{cell['extra_loss']:.3f}" if protocol == "text" else _share(cell[protocol]))
+            table.append(line)
+    return columns, table
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def markdown(result: Row) -> str:
+    """The generated page."""
+    info = result["environment"]
+    length = short(info.get("length", 0))
+    text = f"""# Accuracy against density
+
+Generated by `{info.get("command")}` on {info.get("gpu") or "a CPU"},
+torch {info.get("torch")}, {info.get("date")}.
+Model: `examples/needle_lm`. Prompts of {length} tokens, families {", ".join(info.get("families", []))}.
+Density = computed part of the causal block pairs, forced blocks ({info.get("sink")} sink, {info.get("local")} local)
+included, equal for all selectors. Share of prompts whose answer is exactly right, with 95 % Wilson interval.
+"prompt": the prompt's rows are sparse, the answer is decoded densely; "all": every row is sparse. "text": added loss
+on unseen text, nats a token.
+
+"""
+    columns, table = main_cells(result)
+    text += _table(columns, table)
+    text += "\n## Selectors\n" + _table(["name", "looks at"], [[n, get(n).note] for n in names()])
+    for title, key in (("Ablations", "ablations"), ("Other lengths", "lengths")):
+        if result[key]:
+            keys = ("option", "value") if key == "ablations" else ("length", "selector")
+            text += f"\n## {title}\n"
+            lines = [
+                [*(str(cell[k]) for k in keys), f"{cell['density']:.0%}", *map(_share, (cell["prompt"], cell["all"])),
+                 f"{cell['loss']:.3f}"]
+                for cell in result[key]
+            ]  # fmt: skip
+            text += _table([*keys, "density", "prompt", "all", "text, nats"], lines)
+    return text + _layer_text(result) + _band_text(result)
+
+
+def _layer_text(result: Row) -> str:
+    found = result["layers"]
+    if not found:
+        return ""
+    count = len(next(iter(found["losses"].values())))
+    text = f"\n## What each layer loses at {found['density']:.0%}, on dense activations\n"
+    for key, title in (
+        ("error", "Relative error of the attention output"),
+        ("mass", "Attention mass on computed blocks"),
+        (
+            "strong_kept",
+            "Share kept of the pairs (row, block), not forced, where some token puts a quarter of its attention",
+        ),
+    ):
+        rows = [[name, *(f"{cell[key]:.2f}" for cell in by_layer)] for name, by_layer in found["losses"].items()]
+        text += f"\n{title}:\n\n" + _table(["selector", *(f"layer {i}" for i in range(count))], rows)
+    shown = list(found["losses"])
+    rows = [
+        [f"{c['layer']}.{c['head']}", str(c["strong"]), *(f"{c['kept'][n] / c['strong']:.2f}" for n in shown)]
+        for c in found["heads"][:16]
+    ]
+    text += (
+        "\nWho loses the needle: heads (layer.head) in which a row that predicts the answer puts a quarter of a token's"
+    )
+    text += " attention on a block of the statement asked for, how often, and the share of those that is computed:\n\n"
+    return text + _table(["head", "times", *shown], rows)
+
+
+def _band_text(result: Row) -> str:
+    if not result["bands"]:
+        return ""
+    text = (
+        "\n## Pruning early or late rows\nEach band of rows holds a quarter of the causal pairs; the others are dense."
+    )
+    text += " KL divergence of the next-token distribution from dense, nats, mean over positions.\n\n"
+    rows = []
+    for cell in result["bands"]:
+        first, last = cell["band"]
+        kl = np.array(cell["kl"])
+        after = f"{kl[last:].mean():.4f}" if last < len(kl) else ""
+        rows.append([cell["kind"], f"{first / len(kl):.0%} to {last / len(kl):.0%}", f"{kl.mean():.4f}",
+                     f"{kl[first:last].mean():.4f}", after, _share(cell["prompt"]), _share(cell["all"])])  # fmt: skip
+    return text + _table(["rows keep", "band", "all positions", "in the band", "after it", "prompt", "all"], rows)
+
+
+# ---- figures -----------------------------------------------------------------------------------------------------
+
+
+def _figure(count: int, height: float = 4.6) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, count, figsize=(5.6 * count, height), squeeze=False)
+    for axis in axes[0]:
+        axis.grid(True, color=GRID, lw=0.7)
+        axis.set_axisbelow(True)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    return pyplot, figure, axes[0]
+
+
+def _style(index: int) -> Row:
+    return {
+        "color": COLORS[index % len(COLORS)],
+        "ls": "-" if index < len(COLORS) else "--",
+        "marker": "os^Dv"[index % 5],
+    }
+
+
+def draw(result: Row, path: Path) -> None:
+    """Accuracy by density under both protocols, and added text loss."""
+    densities, cells, shown = _cells(result)
+    if not densities:
+        return
+    pyplot, figure, axes = _figure(3)
+    dense = cells.get(("dense", 1.0))
+    for axis, protocol in zip(axes, PROTOCOLS, strict=False):
+        for index, name in enumerate(shown):
+            points = [(d, cells[name, d][protocol]) for d in densities if (name, d) in cells]
+            ys = np.array([cell["share"] for _, cell in points])
+            errors = [ys - [c["low"] for _, c in points], [c["high"] for _, c in points] - ys]
+            xs = [100 * d * (1 + 0.012 * (index - len(shown) / 2)) for d, _ in points]
+            axis.errorbar(xs, ys, np.clip(errors, 0, None), lw=1.8, ms=4.5, elinewidth=0.8, label=name, **_style(index))
+        if dense:
+            axis.axhline(dense[protocol]["share"], color=INK, lw=1.1, ls=":", label="dense")
+        axis.set_ylim(-0.03, 1.03)
+        axis.set_ylabel("answers exactly right", color=INK)
+        axis.set_title(f'protocol "{protocol}"', loc="left", fontsize=10.5, color=INK)
+    for index, name in enumerate(shown):
+        points = [(100 * d, cells[name, d]["extra_loss"]) for d in densities if (name, d) in cells]
+        axes[2].plot(*zip(*points, strict=True), lw=1.8, ms=4.5, label=name, **_style(index))
+    axes[2].set_title("added loss on text, nats a token", loc="left", fontsize=10.5, color=INK)
+    for axis in axes:
+        axis.set_xscale("log")
+        axis.set_xticks([100 * d for d in densities], [f"{d:.0%}" for d in densities])
+        axis.minorticks_off()
+        axis.set_xlabel("computed block pairs", color=INK)
+    axes[1].legend(frameon=False, fontsize=8)
+    _save(pyplot, figure, path, f"Accuracy against density, prompts of {short(result['environment']['length'])} tokens")
+
+
+def draw_detail(result: Row, path: Path) -> None:
+    """Error by position when bands of rows are pruned; mass and strong pairs kept by layer."""
+    found = result["layers"]
+    if not found or not result["bands"]:
+        return
+    pyplot, figure, axes = _figure(3)
+    kind = result["bands"][0]["kind"]
+    for index, cell in enumerate(c for c in result["bands"] if c["kind"] == kind):
+        kl = np.array(cell["kl"])
+        xs = (np.arange(len(kl)) + 0.5) / len(kl)
+        label = f"rows {cell['band'][0] / len(kl):.0%} to {cell['band'][1] / len(kl):.0%}"
+        axes[0].plot(xs, np.maximum(kl, 1e-7), lw=1.6, label=label, color=COLORS[index])
+    axes[0].set_yscale("log")
+    axes[0].set_title(f"pruned rows keep {kind}: KL from dense", loc="left", fontsize=10.5, color=INK)
+    axes[0].set_xlabel("position in the prompt", color=INK)
+    for axis, key, title in (
+        (axes[1], "error", "error of the attention output"),
+        (axes[2], "strong_kept", "strong block pairs kept"),
+    ):
+        for index, (name, by_layer) in enumerate(found["losses"].items()):
+            axis.plot(range(len(by_layer)), [cell[key] for cell in by_layer], lw=1.6, ms=4, label=name, **_style(index))
+        axis.set_title(f"{title}, at {found['density']:.0%}", loc="left", fontsize=10.5, color=INK)
+        axis.set_xlabel("layer", color=INK)
+    axes[0].legend(frameon=False, fontsize=8)
+    axes[2].legend(frameon=False, fontsize=8)
+    _save(pyplot, figure, path, "Where a selection loses")
+
+
+def _save(pyplot: Any, figure: Any, path: Path, title: str) -> None:
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK, weight="bold")
+    figure.tight_layout(rect=(0, 0, 1, 0.96))
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    pyplot.close(figure)
