@@ -172,7 +172,7 @@ class Padding(Layout):
         if self.side == "right":
             return torch.zeros_like(lengths), lengths
         end = geometry.key_end(like=lengths)
-        return end - lengths, end
+        return (end - lengths).clamp(min=0), end
 
     def prompt(self, geometry: Geometry) -> tuple[Tensor, Tensor]:
         start, end = self.valid(geometry)
