@@ -11,21 +11,22 @@ import torch
 _FIXED_SIZES = 256  # compilations of a kind of call whose sizes can't be left open
 
 
-def compiled(f: types.FunctionType, kind: Hashable) -> Callable:
+def compiled(f: types.FunctionType, kind: Hashable, dynamic: bool | None = None) -> Callable:
     """``f`` compiled whole, separately for each ``kind``.
 
     TorchDynamo counts recompilations by code object. A copy of the code for each kind leaves its limit to what
-    varies within a kind: the first length compiles for itself, the second for all others.
+    varies within a kind. ``dynamic=None``: the first length compiles for itself, the second for all others; True:
+    the first for all.
 
     Raises (when called):
         RuntimeError: the recompile limit was met. Dynamo would run eagerly if it were not for ``fullgraph``.
     """
-    return _compiled(f, kind)
+    return _compiled(f, kind, dynamic)
 
 
 @functools.cache
-def _compiled(f: types.FunctionType, kind: Hashable) -> Callable:
-    run, fixed_sizes = torch.compile(_copy(f), fullgraph=True), None
+def _compiled(f: types.FunctionType, kind: Hashable, dynamic: bool | None) -> Callable:
+    run, fixed_sizes = torch.compile(_copy(f), fullgraph=True, dynamic=dynamic), None
 
     @functools.wraps(f)
     def call(*args):

@@ -161,8 +161,9 @@ def sparse_prefill(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compiled flex_attention under any BlockMask, one compiled function for each kind of call.
 
-    Arguments as in :func:`stem_attention`; "auto" never replaces the mask by dense attention here. At most two
-    compilations serve all lengths of a kind of call.
+    Arguments as in :func:`stem_attention`; "auto" never replaces the mask by dense attention here. Two
+    compilations serve all lengths of a kind of call: on TRITON multiples of 128 and others, elsewhere the first and
+    all later ones.
 
     Raises:
         ValueError: the BlockMask does not fit q and k, or the backend can't serve the call.
@@ -172,7 +173,7 @@ def sparse_prefill(
     _check_mask(q, k, block_mask)
     needs_grad = _needs_grad(q, k, v)
     name = choose(q, v, None, backend=backend, plain=False, needs_grad=needs_grad, return_lse=return_lse).backend
-    merged = {**kernel_options(name, q, v, tuple(block_mask.BLOCK_SIZE)), **(options or {})}
+    merged = {**kernel_options(name, q, k, v, tuple(block_mask.BLOCK_SIZE)), **(options or {})}
     if needs_grad and block_mask.q_indices is None:
         raise ValueError(
             "block_mask has no query tables, which gradients need; build it with compute_q_blocks=True, "
@@ -185,11 +186,12 @@ def sparse_prefill(
     kind = (name, q.dtype, q.shape[0] == 1, q.shape[1], *k.shape[1::2], v.shape[3], return_lse, needs_grad)
     kind = (*kind, tuple(block_mask.BLOCK_SIZE), _code(block_mask.mask_mod), _code(score_mod), scale)
     kind = (*kind, *sorted(merged.items()))
-    return compiled(_flex, kind)(q, k, v, block_mask, scale, score_mod, return_lse, merged)
+    dynamic = True if name == "triton" else None  # IS_DIVISIBLE already tells its kernel what a fixed length would
+    return compiled(_flex, kind, dynamic)(q, k, v, block_mask, scale, score_mod, return_lse, merged)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
-    options = kernel_options("flash", q, v, (128, 128))
+    options = kernel_options("flash", q, k, v, (128, 128))
     return compiled(_flex, ("self-test", *q.shape, *k.shape, v.shape[3], q.dtype))(
         q, k, v, block_mask, None, None, False, options
     )

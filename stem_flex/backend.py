@@ -25,7 +25,7 @@ _TRITON_OPTIONS: tuple[tuple[int, dict], ...] = (
 # Plain causal prompts of fewer tokens, or that keep a larger part of the causal blocks, are as fast dense.
 # Measured on an H100, see bench/results/prefill.json.
 _SPARSE_FROM = 8192
-_DENSE_ABOVE = {"triton": 0.45, "flash": 0.70}
+_DENSE_ABOVE = {"triton": 0.60, "flash": 0.80}
 
 
 class Decision(NamedTuple):
@@ -133,7 +133,7 @@ def flash_attn_func() -> Callable:
     return flash_attn_func
 
 
-def kernel_options(backend: str, q: Tensor, v: Tensor, block_size: tuple[int, int]) -> dict:
+def kernel_options(backend: str, q: Tensor, k: Tensor, v: Tensor, block_size: tuple[int, int]) -> dict:
     """Measured flex_attention kernel options of a backend for these shapes."""
     if backend == "cpu":
         return {}
@@ -142,4 +142,8 @@ def kernel_options(backend: str, q: Tensor, v: Tensor, block_size: tuple[int, in
     head_dim = max(q.shape[3], v.shape[3])
     options = next((options for largest, options in _TRITON_OPTIONS if head_dim <= largest), {})
     fits = q.dtype != torch.float32 and options and block_size == (128, 128)
-    return {"BACKEND": "TRITON", **(options if fits else {})}
+    found = {"BACKEND": "TRITON", **(options if fits else {})}
+    if not torch.compiler.is_compiling() and q.shape[2] % 128 == 0 and k.shape[2] % 128 == 0:
+        # a graph for any length can't know that no tile is ragged, and would check every load
+        found["IS_DIVISIBLE"] = True
+    return found
