@@ -214,9 +214,9 @@ def block_keep(
     for b in range(B):
         places = row_places(layout, b, Lq, Lk, size, q_offset, kv_len, prompt_len)
         for i, place in enumerate(places):
-            rows = tpd_budget(place.prompt_blocks, config) if given is None else None
+            rows = tpd_budget(place.prompt_blocks, config)
             for h in range(Hq):
-                count = int(given[b, h, i] if rows is None else rows[place.position])  # type: ignore[index]
+                count = int(rows[place.position] if given is None else given[b, h, i])
                 candidates = allowed[b, h, i].nonzero().flatten().tolist()
                 best = rank(scores[b, h, i].tolist(), candidates)[: max(count, 1)]
                 forced = forced_blocks(candidates, place.own_lo, place.own_hi, config.sink_blocks, config.local_blocks)

@@ -134,8 +134,8 @@ def assert_matches_dense(
     """
     from stem_flex.attention import sparse_prefill
 
-    options = {} if backend is None else {"backend": backend}
-    got = sparse_prefill(q, k, v, block_mask, scale=scale, score_mod=score_mod, **options)
+    got = sparse_prefill(q, k, v, block_mask, scale=scale, score_mod=score_mod, backend=backend or "auto")
+    assert isinstance(got, Tensor)
     mask = block_mask_to_dense(block_mask).to(q.device)
     exact, _ = reference.masked_attention(q, k, v, mask, scale=scale, score_mod=score_mod)
     assert got.shape == exact.shape, f"output {tuple(got.shape)}, expected {tuple(exact.shape)}"
@@ -196,15 +196,15 @@ def assert_selection_optimal(
         AssertionError: naming the first row that differs, its blocks and their scores.
     """
     scores = scores.detach().double().cpu()
-    allowed = (~scores.isneginf() if allowed is None else allowed.cpu()).broadcast_to(scores.shape)
-    forced = torch.zeros_like(allowed) if forced is None else forced.cpu().broadcast_to(scores.shape)
+    legal = (~scores.isneginf() if allowed is None else allowed.cpu()).broadcast_to(scores.shape)
+    needed = legal & (torch.tensor(False) if forced is None else forced.cpu())
     budgets = torch.as_tensor(budget).cpu().broadcast_to(scores.shape[:3])
     partial, full = reference.dense_blocks(block_mask)
     keep = (partial | full).broadcast_to(scores.shape)
     for b, h, i in torch.cartesian_prod(*(torch.arange(size) for size in scores.shape[:3])).tolist():
         row = scores[b, h, i].tolist()
-        candidates = allowed[b, h, i].nonzero().flatten().tolist()
-        must = set((forced & allowed)[b, h, i].nonzero().flatten().tolist())
+        candidates = legal[b, h, i].nonzero().flatten().tolist()
+        must = set(needed[b, h, i].nonzero().flatten().tolist())
         kept = set(keep[b, h, i].nonzero().flatten().tolist())
         ranked = reference.rank(row, candidates)
         best = set(ranked[: max(int(budgets[b, h, i]), 1)])
