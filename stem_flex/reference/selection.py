@@ -205,8 +205,7 @@ def block_keep(
     config = config or StemConfig()
     (B, Hq, Lq, _), Lk = q.shape, k.shape[2]
     size = pair(config.block_size)
-    if scores is None:
-        scores = _exact_scores(q, k, v, config, layout, q_offset, kv_len)
+    values = _exact_scores(q, k, v, config, layout, q_offset, kv_len) if scores is None else scores
     allowed = block_classes(token_mask(layout, B, Hq, Lq, Lk, q_offset, kv_len), size) > 0
     keep = torch.zeros_like(allowed)
     Qb = allowed.shape[2]
@@ -218,7 +217,7 @@ def block_keep(
             for h in range(Hq):
                 count = int(rows[place.position] if given is None else given[b, h, i])
                 candidates = allowed[b, h, i].nonzero().flatten().tolist()
-                best = rank(scores[b, h, i].tolist(), candidates)[: max(count, 1)]
+                best = rank(values[b, h, i].tolist(), candidates)[: max(count, 1)]
                 forced = forced_blocks(candidates, place.own_lo, place.own_hi, config.sink_blocks, config.local_blocks)
                 keep[b, h, i, sorted({*best, *forced})] = True
     return keep
