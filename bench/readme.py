@@ -23,7 +23,9 @@ def figures(results: Path = RESULTS) -> str:
 
 def _ms(row: dict[str, Any], name: str, key: str = "ms") -> str:
     value = row.get(name, {}).get(key)
-    return f"{value['median']:.3g}" if value else "-"
+    if not value:
+        return "-"
+    return f"{value['median']:,.0f}" if value["median"] >= 100 else f"{value['median']:.3g}"
 
 
 def _up(row: dict[str, Any], over: str) -> str:
@@ -51,13 +53,13 @@ def prefill(result: dict[str, Any]) -> str:
         [
             short(row["tokens"]),
             f"{row.get('stem_flash', row.get('stem_triton', {})).get('density', 1):.1%}",
-            *(_ms(row, name) for name in ("fa2", "cudnn", "fa4", "stem_triton", "stem_flash")),
+            *(_ms(row, name) for name in ("fa2", "cudnn", "fa4", "stem_triton", "stem_flash", "stem_auto")),
             *(_up(row, over) for over in ("fa2", "cudnn", "fa4")),
             f"{row.get('stem_flash', {}).get('tflops', 0):.0f}",
         ]
         for row in result["rows"]
     ]
-    columns = ["tokens", "density", "FlashAttention-2", "cuDNN", "flash-attn-4", "Stem TRITON", "Stem FLASH",
+    columns = ["tokens", "density", "FlashAttention-2", "cuDNN", "flash-attn-4", "Stem TRITON", "Stem FLASH", "auto",
                "over FA2", "over cuDNN", "over FA4", "TFLOP/s in kept blocks"]  # fmt: skip
     text = _heading(result, "Prefill, median ms, mask building included:")
     return text + _table(columns, rows) + "\n![speed-up](bench/results/prefill.png)\n"

@@ -278,7 +278,6 @@ def assemble(
     """Hide task `seed` of `family` in real text; prompt and answer together take exactly `length` tokens.
 
     With `answer_room` the prompt takes exactly `length - answer_room` tokens, wherever the answer ends.
-
     The word-list families have no haystack: they fill what the list leaves with text in front of it.
 
     Args:
@@ -314,29 +313,37 @@ def assemble(
     start = rng.randrange(len(haystack) - room + 1)
     text = np.asarray(haystack[start : start + room], dtype=np.int64)
     places = _places(text, breaks, len(lines), rng) if task.haystack else [room] * len(lines)
-    ids: list[int] = list(head)
-    needles_at, asked = [], []
-    last = 0
-    for place, line, text_of_line in zip(places, lines, task.lines, strict=True):
-        ids += text[last:place].tolist()
-        last = place
-        needles_at.append(len(ids))
-        ids += line
-        if any(value in text_of_line for value in task.values):
-            asked.append((needles_at[-1], len(ids)))
-    ids += text[last:].tolist() + question
+    hidden, needles_at = _hide(text, lines, places)
+    needles_at = [len(head) + at for at in needles_at]
+    asked = [
+        (at, at + len(line))
+        for at, line, said in zip(needles_at, lines, task.lines, strict=True)
+        if any(value in said for value in task.values)
+    ]
+    prompt = head + hidden + question
     scored = [flag for piece, (_, flag) in zip(pieces, task.answer, strict=True) for _ in piece]
-    answer_start = len(ids)
-    ids += [token for piece in pieces for token in piece]
     return Example(
         family,
-        np.asarray(ids, np.int64),
-        answer_start,
+        np.asarray([*prompt, *itertools.chain(*pieces)], np.int64),
+        len(prompt),
         np.asarray(scored, bool),
         task.values,
         tuple(needles_at),
         tuple(asked),
     )
+
+
+def _hide(text: np.ndarray, lines: list[list[int]], places: list[int]) -> tuple[list[int], list[int]]:
+    """`text` with each line put in at its place (ascending), and where each line then begins."""
+    ids: list[int] = []
+    begins: list[int] = []
+    last = 0
+    for place, line in zip(places, lines, strict=True):
+        ids += text[last:place].tolist()
+        begins.append(len(ids))
+        ids += line
+        last = place
+    return ids + text[last:].tolist(), begins
 
 
 def _places(text: np.ndarray, breaks: np.ndarray, count: int, rng: random.Random) -> list[int]:
