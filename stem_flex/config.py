@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Metric = Literal["zscore", "log"]
 Schedule = Literal["envelope", "operator", "paper", "fixed"]
@@ -101,7 +101,7 @@ def _check_real(name: str, value: object, expected: str, holds) -> None:
         raise ValueError(f"{name} must be {expected}, got {value}")
 
 
-def _check_blocks(block_size: object, stride: object) -> None:
+def _check_blocks(block_size: Any, stride: Any) -> None:
     sizes = block_size if isinstance(block_size, tuple) else (block_size, block_size)
     if len(sizes) != 2 or not all(_is_int(size) for size in sizes):
         raise TypeError(f"block_size must be an int or a (query, key) pair of ints, got {block_size!r}")

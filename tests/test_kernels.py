@@ -531,9 +531,9 @@ def test_chunks_cover_the_rows_within_the_workspace(offset, q_blocks):
     row = 0
     for chunk in cut:
         assert chunk.row == row
-        row += chunk.count
+        row += chunk.height
         assert chunk.width >= min(q_blocks, row if offset is not None else q_blocks)
-        assert heads * chunk.count * -(-chunk.width // 16) * 16 <= size
+        assert heads * chunk.height * -(-chunk.width // 16) * 16 <= size
     assert row == q_blocks
 
 
@@ -556,8 +556,9 @@ def test_operators_trace_without_breaks(device):
         )
 
     compiled = torch.compile(build, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(compiled(q, k, v), build(q, k, v), strict=True):
-        assert torch.equal(got, expected)
+    got, expected = compiled(q, k, v), build(q, k, v)
+    for tables in (slice(0, 2), slice(2, 4)):  # what lies past the counts is nobody's
+        assert listed(*got[tables], 6, 4, 2) == listed(*expected[tables], 6, 4, 2)
 
 
 @devices

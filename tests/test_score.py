@@ -220,4 +220,6 @@ def test_triton_scores_are_the_reference_scores(make_qkv, metric, stride, dtype)
     q, k, v = make_qkv(B=3, Hq=8, Hkv=2, Lq=1000, D=64, dtype=dtype, device="cuda")
     config = StemConfig(stride=stride, metric=metric)
     got = oam_scores(q, k, v, config, impl="triton").cpu()
-    assert relative_error(got, reference.oam_scores(q, k, v, config)) <= 1e-5
+    # 16-bit inputs keep their phase means in 16 bits: half a unit in the last place of bfloat16 on each side
+    bound = 1e-5 if dtype == torch.float32 else 2 * 2**-9
+    assert relative_error(got, reference.oam_scores(q, k, v, config)) <= bound

@@ -69,8 +69,8 @@ def _strides(x: Tensor | None) -> tuple[int, int, int]:
     """(batch, head, row) strides of a tensor that broadcasts over them; 0 for sizes of 1 and for None."""
     if x is None:
         return 0, 0, 0
-    size, stride = x.shape, x.stride()
-    return tuple(stride[i] if size[i] > 1 else 0 for i in range(3))
+    batch, head, row = (step if size > 1 else 0 for size, step in zip(x.shape[:3], x.stride()[:3], strict=True))
+    return batch, head, row
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor, block_q: int, block_k: int, stride: int) -> Sizes:
@@ -100,7 +100,7 @@ def _tables(
     plan = plan_of((
         *(None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors), q.device,
         block_q, block_k, stride, metric, value_weight, sink, local, partial_columns, width, max_key_blocks,
-        causal_offset,
+        causal_offset, _scores.WORKSPACE_BYTES,
     ))  # fmt: skip
     sizes = _sizes(q, k, v, block_q, block_k, stride)
     heads = sizes.batch * sizes.q_heads
@@ -120,14 +120,14 @@ def _tables(
         workspace = torch.empty(size, dtype=torch.float32, device=q.device)
         for chunk in chunks:
             row_stride = -(-chunk.width // 16) * 16
-            head_stride = chunk.count * row_stride
+            head_stride = chunk.height * row_stride
             _scores.score_rows(
                 flats, stats, rows, None, (0, 0, 0), workspace, chunk, head_stride, row_stride, sizes, plan,
                 has_bias=value_weight != 0, full=False,
             )  # fmt: skip
             select_rows(
                 workspace, (sizes.q_heads * head_stride, head_stride, row_stride), rows, budget, budget_strides,
-                classes, class_strides, buffer, counts, plan, row=chunk.row, count=chunk.count, k_blocks=chunk.width,
+                classes, class_strides, buffer, counts, plan, row=chunk.row, count=chunk.height, k_blocks=chunk.width,
                 span=min(row_stride, max_key_blocks + 31), sink=sink, local=local, partial_columns=partial_columns,
                 width=width,
             )  # fmt: skip

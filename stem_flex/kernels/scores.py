@@ -37,10 +37,10 @@ FILL = 264
 
 
 class Chunk(NamedTuple):
-    """Rows [row, row + count) of every head, scored against key blocks [0, width)."""
+    """Rows [row, row + height) of every head, scored against key blocks [0, width)."""
 
     row: int
-    count: int
+    height: int
     width: int
 
 
@@ -164,7 +164,7 @@ def _scores_meta(sizes: Sizes, chunk: Chunk, item_size: int, has_bias: bool, ful
     heads = sizes.batch * sizes.q_heads
     if item_size == 4:
         tile = FLOAT_TILE
-    elif heads * -(-chunk.count // 128) * -(-chunk.width // 128) >= FILL:
+    elif heads * -(-chunk.height // 128) * -(-chunk.width // 128) >= FILL:
         tile = LARGE_TILE
     else:
         tile = SMALL_TILE
@@ -174,7 +174,7 @@ def _scores_meta(sizes: Sizes, chunk: Chunk, item_size: int, has_bias: bool, ful
         PRECISION="ieee" if item_size == 4 else "tf32", UPCAST=INTERPRETED, BLOCK_M=block_m, BLOCK_N=block_n,
         BLOCK_K=block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    programs = heads * -(-chunk.count // block_m) * -(-chunk.width // block_n)
+    programs = heads * -(-chunk.height // block_m) * -(-chunk.width // block_n)
     return programs, 1.0 / (sqrt(sizes.head_dim) * sizes.stride), meta
 
 
@@ -202,7 +202,7 @@ def score_rows(
     programs, scale, meta = _scores_meta(sizes, chunk, flats.element_size(), has_bias, full)
     args = (
         flats, stats, rows, classes if full else None, out,
-        sizes.batch, sizes.q_blocks, sizes.k_blocks, chunk.row, chunk.count, chunk.width,
+        sizes.batch, sizes.q_blocks, sizes.k_blocks, chunk.row, chunk.height, chunk.width,
         head_stride, row_stride, rows.stride(0) if rows.shape[0] > 1 else 0, *class_strides, scale,
     )  # fmt: skip
     launch(_scores_kernel, programs, args, meta, plan, ("scores", chunk.row))
