@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "needle_lm"
-sys.path.insert(0, str(EXAMPLE))
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "needle_lm"))
 from data import JOINT, VALUE, Sequences
 from model import ModelConfig, NeedleLM, load_weights, save_pretrained
 
 from bench import tasks
 
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "needle_lm"
 SMALL = ModelConfig(
     vocab_size=300,
     hidden_size=48,

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ def _build(family: str, lengths: list[int], samples: int, tokenizer: Tokenizer, 
                 break
             rows.append((e.ids.astype(np.int32), e.answer_start, e.scored))
         if rows:
-            arrays: dict[str, np.ndarray] = {"ids": np.stack([r[0] for r in rows])}
+            arrays: dict[str, Any] = {"ids": np.stack([r[0] for r in rows])}
             arrays["start"] = np.array([r[1] for r in rows])
             arrays |= {f"scored{i}": r[2] for i, r in enumerate(rows)}
             temporary = folder / f"writing-{family}-{length}.npz"

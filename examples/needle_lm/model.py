@@ -19,7 +19,7 @@ SHARD_BYTES = 15_500_000
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the model; the defaults are the shipped one (14.97 M parameters)."""
+    """Sizes of the model; the defaults are the shipped one (14.95 M parameters)."""
 
     vocab_size: int = 4096
     hidden_size: int = 384

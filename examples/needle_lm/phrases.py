@@ -44,7 +44,8 @@ STATEMENTS = (
 # (question, text after the value)
 QUESTIONS = (
     (
-        "Question: What is the special magic {n} for {k} in the text above?\nAnswer: The special magic {n} for {k} is: ",
+        "Question: What is the special magic {n} for {k} in the text above?\n"
+        "Answer: The special magic {n} for {k} is: ",
         ".\n",
         8,
     ),
@@ -109,10 +110,11 @@ class Phrases:
         self.used.clear()
 
     def _fresh(self, make: Callable[[], str]) -> str:
-        for _ in range(20):
-            text = make()
+        text = make()
+        for _ in range(19):
             if text not in self.used:
                 break
+            text = make()
         self.used.add(text)
         return text
 
