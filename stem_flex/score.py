@@ -142,14 +142,15 @@ def value_magnitude(v: Tensor, bound: BoundLayout, config: StemConfig) -> Tensor
     counted = _valid_keys(v, bound)
     counted = torch.nn.functional.pad(counted, (0, blocks * config.key_block - counted.shape[-1]))
     counted = reduce(counted.to(norms.dtype), "b (g s) -> b 1 g", "sum", s=config.stride)
-    logs = (reduce(norms, "b h (g s) -> b h g", "max", s=config.stride) + _EPS).log()
-    complete = (counted == config.stride).to(norms.dtype)
+    # statistics in float64: of equal magnitudes the mean is then that very number, and z exactly 0
+    logs = (reduce(norms, "b h (g s) -> b h g", "max", s=config.stride) + _EPS).log().double()
+    complete = (counted == config.stride).double()
     number = complete.sum(-1, keepdim=True)
     mean = (logs * complete).sum(-1, keepdim=True) / number.clamp(min=1)
     square = ((logs - mean).square() * complete).sum(-1, keepdim=True)
     deviation = (square / (number - 1).clamp(min=1)).sqrt()
     bonus = ((logs - mean) / (deviation + _EPS)).relu() * ((counted > 0) & (number >= 2))
-    return reduce(bonus, "b h (j g) -> b h j", "mean", j=blocks)
+    return reduce(bonus, "b h (j g) -> b h j", "mean", j=blocks).to(norms.dtype)
 
 
 def _phase_means(x: Tensor, block: int, stride: int) -> Tensor:

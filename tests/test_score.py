@@ -212,6 +212,17 @@ def test_a_layout_must_be_a_layout(make_qkv):
         oam_scores(*make_qkv(), layout=lambda b, h, i, j: i >= j)
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_equal_magnitudes_say_nothing(make_qkv, impl):
+    if impl == "triton" and not torch.cuda.is_available():
+        pytest.importorskip("stem_flex.kernels.pool", reason="Triton is not installed")
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    q, k, v = make_qkv(B=1, Hq=2, Hkv=1, Lq=700, device=device)
+    v = torch.full_like(v, 0.3)
+    routing = oam_scores(q, k, v, StemConfig(value_weight=0.0), impl=impl)
+    assert torch.equal(oam_scores(q, k, v, impl=impl), routing)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("metric", ["zscore", "log"])
 @pytest.mark.parametrize("stride", [4, 8, 16, 32])

@@ -44,7 +44,9 @@ def _magnitude_kernel(
         m = tl.load(stats + 2 * G + row + at, mask=inside, other=0.0)
         s = tl.load(stats + 3 * G + row + at, mask=inside, other=0.0)
         tile_count = tl.sum(c, axis=0)
-        tile_mean = tl.sum(c * m, axis=0) / tl.maximum(tile_count, 1.0)
+        top = tl.max(tl.where(c > 0, m, float("-inf")), axis=0)  # as in pooling: equal means stay exact
+        top = tl.where(tile_count > 0, top, 0.0)
+        tile_mean = top + tl.sum(tl.where(c > 0, c * (m - top), 0.0), axis=0) / tl.maximum(tile_count, 1.0)
         tile_spread = tl.sum(s + c * (m - tile_mean) * (m - tile_mean), axis=0)
         both = tl.maximum(count + tile_count, 1.0)
         delta = tile_mean - mean

@@ -182,7 +182,10 @@ def _value_groups(
         some = (begin + S > low) & (begin < high)
         complete = (begin >= low) & (begin + S <= high)
         count = tl.sum(complete.to(tl.float32), axis=0)
-        mean = tl.sum(tl.where(complete, log, 0.0), axis=0) / tl.maximum(count, 1.0)
+        # Means are taken from the largest value on: of equal magnitudes the mean is that very number, z exactly 0.
+        top = tl.max(tl.where(complete, log, float("-inf")), axis=0)
+        top = tl.where(count > 0, top, 0.0)
+        mean = top + tl.sum(tl.where(complete, log - top, 0.0), axis=0) / tl.maximum(count, 1.0)
         diff = tl.where(complete, log - mean, 0.0)
         tl.store(stats + G + block, count)
         tl.store(stats + 2 * G + block, mean)
