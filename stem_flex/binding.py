@@ -173,7 +173,7 @@ def _bind(layout: Layout, geometry: Geometry, memo: bool) -> BoundLayout:
     parts = layout.parts()
     valid = _intersection([part.valid(geometry) for part in parts])
     spans = _token_spans(parts, geometry, valid)
-    mods = [mod for mod in (part.token_mask(geometry) for part in parts) if mod is not None]
+    mods = [_inside(mod, geometry) for mod in (part.token_mask(geometry) for part in parts) if mod is not None]
     mask_mod: MaskModFn = _interval_mod(parts, geometry, spans)
     rows = _rows(parts, geometry, spans, valid)
     classes = None
@@ -340,6 +340,18 @@ def _interval_mod(parts: tuple[Layout, ...], geometry: Geometry, spans: Spans) -
         return (kv >= start[b, q]) & (kv < end[b, q])
 
     return interval_mask_by_row
+
+
+def _inside(mod: MaskModFn, geometry: Geometry) -> MaskModFn:
+    """``mod`` that is never asked past the lengths, which flex_attention rounds up to whole blocks."""
+    last_q, last_k = geometry.q_len - 1, geometry.k_len - 1
+    if (last_q + 1) % geometry.q_block == 0 and (last_k + 1) % geometry.k_block == 0:
+        return mod
+
+    def inside(b, h, q, kv):
+        return mod(b, h, q.clamp(max=last_q), kv.clamp(max=last_k))
+
+    return inside
 
 
 def _all_of(mods: list[MaskModFn]) -> MaskModFn:

@@ -23,7 +23,9 @@ class StemConfig:
             less of a block's position pattern, a larger one costs more (score GEMM: ``stride * D`` deep).
         metric: value magnitude. ``"zscore"`` is the published operator's (invariant to the scale of v),
             ``"log"`` the paper's Eq. 7. With ``"log"`` a block's score does not depend on other blocks, so
-            block-aligned chunks select exactly what one-shot prefill selects.
+            block-aligned chunks select exactly what one-shot prefill selects. With ``"zscore"`` a chunk normalises
+            by the keys so far; one-shot prefill by all of the prompt's, later ones too, which no running statistics
+            can know.
         value_weight: weight of the magnitude in the score (the paper's beta); 0 leaves routing only, the
             score-aware metric of the peers.
         schedule: blocks a row keeps, see :func:`stem_flex.tpd_budget`.

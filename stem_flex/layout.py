@@ -372,7 +372,8 @@ def from_mask_mod(f: Callable, B: int | None, H: int | None, Lq: int, Lk: int) -
     """Any mask_mod ``f(b, h, q_idx, kv_idx)`` as a layout, with local query indices as flex_attention has.
 
     Its block classes are computed exactly, in chunks of bounded memory, when first bound: B H Lq Lk
-    evaluations, once per prompt. B and H are 1 (or None) where f does not depend on them.
+    evaluations, once per prompt. B and H are 1 (or None) where f does not depend on them. f is never asked past
+    Lq and Lk, so tensors it captures need no padding.
     """
     if not callable(f):
         raise TypeError(f"f must be a mask_mod (b, h, q_idx, kv_idx) -> bool, got {type(f).__name__}")
