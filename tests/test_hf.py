@@ -297,8 +297,12 @@ def test_dense_layers_stay_exact(exactly):
     for given, dense in (((0, 1), [0, 1]), ((-1,), [3]), (lambda layer: layer % 2 == 1, [1, 3]), ((), [])):
         stem_hf.apply(model, SPARSE, dense_layers=given, min_tokens=0)
         seen = paths(model, prompt())
-        assert seen.layers("exact") == dense
+        assert seen.layers("dense") == dense
         assert seen.layers("stem") == [layer for layer in range(4) if layer not in dense]
+    padded_prompt = torch.ones(2, TOKENS, dtype=torch.long)
+    padded_prompt[0, :5] = 0
+    stem_hf.apply(model, SPARSE, dense_layers=(1,), min_tokens=0)
+    assert paths(model, prompt(), attention_mask=padded_prompt).layers("exact") == [1]
     with pytest.raises(ValueError, match="dense_layers must be layers of the model, 0 to 3, got"):
         stem_hf.apply(model, dense_layers=[4])
 
@@ -409,7 +413,7 @@ def test_the_name_alone_works_without_apply(llama, exactly):
         assert torch.equal(generated(llama), expected)
         llama.config.stem_flex = {"min_tokens": 0, "dense_layers": [1]}
         seen = paths(llama, prompt())
-    assert (seen.layers("stem"), seen.layers("exact")) == ([0], [1])
+    assert (seen.layers("stem"), seen.layers("dense")) == ([0], [1])
 
 
 def test_settings_survive_saving(llama, exactly, tmp_path):
@@ -420,7 +424,7 @@ def test_settings_survive_saving(llama, exactly, tmp_path):
     mask = stem_mask(1, 50, 50, config=loaded.config, device=torch.device("cpu"))
     assert mask.settings.config == config
     assert (mask.settings.dense_layers, mask.settings.min_tokens) == ((1,), 7)
-    assert paths(loaded, prompt()).layers("exact") == [1]
+    assert paths(loaded, prompt()).layers("dense") == [1]
 
 
 def test_unknown_settings_are_refused(llama):
@@ -579,7 +583,7 @@ def test_the_benchmark_measures_and_survives_a_failing_cell(exactly, monkeypatch
     rows = ttft.main([*arguments.split(), str(tmp_path)])
     assert rows[0]["sdpa"]["error"] == "ZeroDivisionError: division by zero"
     cell = rows[0]["stem"]
-    assert cell["paths"] == {"exact": 1, "stem": 2}
+    assert cell["paths"] == {"dense": 1, "stem": 2}
     assert min(cell["attention_ms"], cell["mask_ms"], cell["rest_ms"]) > 0
     saved = json.loads((tmp_path / "ttft.json").read_text())
     assert saved["rows"][0]["stem"]["ms"]["median"] == cell["ms"].median

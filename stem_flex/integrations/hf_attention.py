@@ -113,10 +113,13 @@ def _prefill(
 
 
 def _dense_kernel(q: Tensor, k: Tensor, v: Tensor, mask: StemMask, stem: bool) -> str | None:
-    """The fastest dense kernel, where a plain causal prompt on CUDA is to be dense or is as fast dense."""
+    """The fastest dense kernel, where a plain causal prompt is to be dense, or is as fast dense on CUDA."""
     whole = mask.kind == "causal" and mask.start is None and mask.offset == 0 and k.shape[2] == q.shape[2]
+    whole = whole and v.shape[3] == q.shape[3]
+    if q.device.type == "cpu":
+        return "cpu" if whole and not stem else None
     half = q.dtype in (torch.float16, torch.bfloat16)
-    if not (q.is_cuda and half and whole and v.shape[3] == q.shape[3] <= 256):
+    if not (q.is_cuda and half and whole and q.shape[3] <= 256):
         return None
     if not stem:
         return "flash-attn-4" if flash_refusal(q, v, False) is None else "cudnn"
