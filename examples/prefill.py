@@ -264,7 +264,7 @@ def _why(run: Run, dense: Run) -> str:
     if selectors.get(run.name).scores is oam_scores:
         return (
             f"{seen}. Its score averages all pairs of tokens of two blocks, and this small model finds the sentence "
-            "by single pairs, which the mean hides; see the accuracy table in README.md."
+            "by single pairs, which the mean hides: python -m bench.accuracy measures it."
         )
     return f"{seen}."
 
