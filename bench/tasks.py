@@ -292,7 +292,7 @@ def assemble(
     rng = random.Random(f"{family}/{seed}/{length}")
     task = make_task(family, seed)
     if not task.haystack:
-        task = _fit_word_list(seed, family, encode, length - 160)
+        task = _fit_word_list(seed, family, encode, length - 160 - (answer_room or 0))
     head = ([] if bos is None else [bos]) + encode(task.intro)
     lines = [encode("\n" + line) for line in task.lines]
     pieces = [encode(text) for text, _ in task.answer]
@@ -308,10 +308,7 @@ def assemble(
         raise ValueError(
             f"length must be at least {length - room} tokens for this {family} task, got {length}; raise it"
         )
-    if len(haystack) < max(room, 1):
-        raise ValueError(f"haystack must hold at least {room} tokens, got {len(haystack)}; give more text")
-    start = rng.randrange(len(haystack) - room + 1)
-    text = np.asarray(haystack[start : start + room], dtype=np.int64)
+    text = _excerpt(haystack, room, rng)
     places = _places(text, breaks, len(lines), rng) if task.haystack else [room] * len(lines)
     hidden, needles_at = _hide(text, lines, places)
     needles_at = [len(head) + at for at in needles_at]
@@ -322,15 +319,16 @@ def assemble(
     ]
     prompt = head + hidden + question
     scored = [flag for piece, (_, flag) in zip(pieces, task.answer, strict=True) for _ in piece]
-    return Example(
-        family,
-        np.asarray([*prompt, *itertools.chain(*pieces)], np.int64),
-        len(prompt),
-        np.asarray(scored, bool),
-        task.values,
-        tuple(needles_at),
-        tuple(asked),
-    )
+    ids = np.asarray([*prompt, *itertools.chain(*pieces)], np.int64)
+    return Example(family, ids, len(prompt), np.asarray(scored, bool), task.values, tuple(needles_at), tuple(asked))
+
+
+def _excerpt(haystack: np.ndarray, length: int, rng: random.Random) -> np.ndarray:
+    """`length` tokens from anywhere in `haystack`."""
+    if len(haystack) < max(length, 1):
+        raise ValueError(f"haystack must hold at least {length} tokens, got {len(haystack)}; give more text")
+    start = rng.randrange(len(haystack) - length + 1)
+    return np.asarray(haystack[start : start + length], dtype=np.int64)
 
 
 def _hide(text: np.ndarray, lines: list[list[int]], places: list[int]) -> tuple[list[int], list[int]]:

@@ -55,6 +55,35 @@ def test_seeds_decide(family: str, tokenizer, text: np.ndarray) -> None:
     assert not np.array_equal(first.ids, _assemble(family, 2, 3000, tokenizer, text).ids)
 
 
+@pytest.mark.parametrize("family", tasks.FAMILIES)
+def test_answer_room_ends_the_prompt(family: str, tokenizer, text: np.ndarray) -> None:
+    """With an answer room the prompt has its own exact length; a room too small is named."""
+    breaks = tasks.break_table(tokenizer.decode, tokenizer.get_vocab_size())
+
+    def assemble(room: int) -> tasks.Example:
+        return tasks.assemble(family, 4, 4096, lambda s: tokenizer.encode(s, add_special_tokens=False).ids, text,
+                              breaks, bos=0, answer_room=room)  # fmt: skip
+
+    example = assemble(512)
+    assert example.answer_start == 4096 - 512
+    assert len(example.ids) == example.answer_start + len(example.scored)
+    assert tasks.score(tokenizer.decode(example.ids[example.answer_start :].tolist()), example.values) == 1.0
+    with pytest.raises(
+        tasks.AnswerTooLongError, match=rf"answer_room must be at least \d+ for this {family} task, got 1"
+    ):
+        assemble(1)
+
+
+@pytest.mark.parametrize("family", ["single_number", "multi_value", "variable_tracking"])
+def test_asked_statements_hold_the_values(family: str, tokenizer, text: np.ndarray) -> None:
+    """`asked` spans are whole statements, each with a scored value, and together hold every one."""
+    example = _assemble(family, 2, 4096, tokenizer, text)
+    said = [tokenizer.decode(example.ids[first:last].tolist()) for first, last in example.asked]
+    assert all(any(value in line for value in example.values) for line in said)
+    assert all(any(value in line for line in said) for value in example.values)
+    assert {first for first, _ in example.asked} <= set(example.needles)
+
+
 def test_multi_value_lists_in_order_of_appearance(tokenizer, text: np.ndarray) -> None:
     """The values are listed as they appear in the prompt."""
     example = _assemble("multi_value", 5, 4096, tokenizer, text)
