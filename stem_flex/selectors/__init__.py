@@ -1,12 +1,27 @@
 """Block scores by name: Stem's own, its parts, and others that stand where they stand.
 
 A selector is a function ``scores(q, k, v, config, *, layout=None, q_offset=0)`` that returns float32
-(B, Hq, Qb, Kb), -inf where the layout allows no pair, and the settings it differs by from the caller's
-configuration. :func:`stem_flex.select.select_blocks` turns scores of any origin into tables::
+(B, Hq, Qb, Kb), finite where the layout allows the pair of blocks and -inf elsewhere, together with the settings by
+which it differs from the caller's :class:`StemConfig`. :func:`stem_flex.select.select_blocks` turns scores of any
+origin into tables, and ``bench.attend`` runs a model with them.
+
+========================  ==================================================================================
+``sam``, ``sam+tpd``      routing only (SAM, the score the paper starts from), even or decaying budgets
+``oam``                   routing and z-scored value magnitude, even budgets
+``stem``                  the published method: routing, value magnitude, decaying budgets
+``stem-log``              Stem with the paper's Eq. 7 magnitude
+``sketch``, ``+tpd``      experimental: coarse attention between 16 means a block (:mod:`.sketch`)
+``sketch-outliers``       experimental: the same with outlying tokens as proxies of their own
+``oracle``                the attention mass that dense attention gives (:mod:`.oracle`): a yardstick
+========================  ==================================================================================
+
+``settings`` speak of scores (``value_weight``, ``metric``) and of budgets (``mu``): use ``selector.configured(config)``
+for both. One of your own::
 
     register("mine", my_scores, "what it looks at")
 
-makes ``python -m bench.ruler --selector mine`` and ``python -m bench.accuracy`` measure it.
+lets ``bench.ruler.main(["--selector", "mine"])`` and ``bench.accuracy.main([])`` measure it in the same process.
+A line here makes it known to ``python -m bench.ruler --selector mine`` too.
 """
 
 from __future__ import annotations
