@@ -6,7 +6,7 @@ which it differs from the caller's :class:`StemConfig`. :func:`stem_flex.select.
 origin into tables, and ``bench.attend`` runs a model with them.
 
 ========================  ==================================================================================
-``sam``, ``sam+tpd``      routing only (SAM, the score the paper starts from), even or decaying budgets
+``sam``, ``sam+tpd``      routing only (SAM, the score-aware metric), with even or decaying budgets
 ``oam``                   routing and z-scored value magnitude, even budgets
 ``stem``                  the published method: routing, value magnitude, decaying budgets
 ``stem-log``              Stem with the paper's Eq. 7 magnitude
