@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,7 +174,7 @@ def sparse_prefill(
     _check_mask(q, k, block_mask)
     needs_grad = _needs_grad(q, k, v)
     name = choose(q, v, None, backend=backend, plain=False, needs_grad=needs_grad, return_lse=return_lse).backend
-    merged = {**kernel_options(name, q, k, v, tuple(block_mask.BLOCK_SIZE)), **(options or {})}
+    merged = {**kernel_options(name, q, k, v, (block_mask.BLOCK_SIZE[0], block_mask.BLOCK_SIZE[1])), **(options or {})}
     if needs_grad and block_mask.q_indices is None:
         raise ValueError(
             "block_mask has no query tables, which gradients need; build it with compute_q_blocks=True, "
@@ -197,14 +198,14 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
     )
 
 
-def _flex(q, k, v, block_mask, scale, score_mod, return_lse, options):
+def _flex(q, k, v, block_mask, scale, score_mod, return_lse, options) -> Any:
     if not torch.compiler.is_compiling():
         raise RuntimeError(
             "flex_attention would run eagerly, which ignores the block lists and attends to everything; "
             "torch.compile is switched off: unset TORCHDYNAMO_DISABLE / TORCH_COMPILE_DISABLE, or leave "
             "torch.compiler.disable"
         )
-    out = flex_attention(
+    out: Any = flex_attention(
         q,
         k,
         v,

@@ -65,12 +65,14 @@ def _bind(block_mask: BlockMask, other: BlockMask | Layout | Callable, keep: Ten
         same_blocks = tuple(other.BLOCK_SIZE) == tuple(block_mask.BLOCK_SIZE)
         theirs = _layout_of(other, geometry) if same_blocks else from_block_mask(other)
     else:
-        theirs = from_mask_mod(other, *keep.shape[:2], *block_mask.seq_lengths)
+        q_len, k_len = block_mask.seq_lengths
+        theirs = from_mask_mod(other, keep.shape[0], keep.shape[1], q_len, k_len)
     both = ours & theirs
     return both.bind(
         max([keep.shape[0]] + [part.B for part in both.parts() if isinstance(part, (MaskMod, FromBlockMask))]),
         max([keep.shape[1]] + [part.H for part in both.parts() if isinstance(part, (MaskMod, FromBlockMask))]),
-        *block_mask.seq_lengths,
+        block_mask.seq_lengths[0],
+        block_mask.seq_lengths[1],
         q_offset=0 if geometry is None else geometry.q_offset,
         kv_len=None if geometry is None else geometry.kv_len,
         block_size=(block_mask.BLOCK_SIZE[0], block_mask.BLOCK_SIZE[1]),

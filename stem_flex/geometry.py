@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,13 +71,13 @@ class Geometry:
         return torch.full((1, 1), value, dtype=torch.int32, device=self.device)
 
 
-def _checked_length(name: str, value, batch: int, device: torch.device) -> int | Tensor:
+def _checked_length(name: str, value: Any, batch: int, device: torch.device) -> int | Tensor:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Tensor)):
         raise TypeError(f"{name} must be an int or an int tensor ({batch},), got {value!r}")
     if not isinstance(value, Tensor):
         if value < 0:
             raise ValueError(f"{name} must be 0 or more, got {value}")
-        return value
+        return value  # pyright: ignore[reportReturnType] - a SymInt stands for the int it traces
     if value.is_floating_point() or value.dtype == torch.bool:
         raise TypeError(f"{name} must hold integers, got {value.dtype}")
     if value.dim() > 1 or value.numel() not in (1, batch):

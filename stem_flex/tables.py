@@ -126,7 +126,7 @@ def block_classes(block_mask: BlockMask) -> Tensor:
     """Classes that the block lists of any BlockMask state, int8 (B, H, Qb, Kb); 0 is not computed."""
     k_blocks = -(-block_mask.seq_lengths[1] // block_mask.BLOCK_SIZE[1])
     classes = _listed(block_mask.kv_num_blocks, block_mask.kv_indices, k_blocks).to(torch.int8) * PARTIAL
-    if block_mask.full_kv_num_blocks is not None:
+    if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
         full = _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, k_blocks)
         classes = torch.where(full, FULL, classes)
     return classes

@@ -53,7 +53,8 @@ def stem_attention_forward(
     _refuse(kwargs)
     # This test stays outside what is hidden from the compiler, so that decode compiles whole.
     if isinstance(attention_mask, StemMask):
-        return _prefill(module, query, key, value, attention_mask, dropout, scaling, kwargs), None
+        prefill: Any = _prefill  # the decorator is typed as a factory
+        return prefill(module, query, key, value, attention_mask, dropout, scaling, kwargs), None
     if not torch.compiler.is_compiling():
         _warn_dense_prefill(module, query, key, attention_mask, kwargs)
     return fallback_attention(module, query, key, value, attention_mask, dropout, scaling, kwargs)
@@ -164,7 +165,7 @@ def _attend(
     scaling: float | None,
     softcap: float | None,
     sinks: Tensor | None,
-) -> Tensor:
+) -> Any:
     score_mod = None if softcap is None else _softcap(float(softcap))
     if sinks is None:
         return sparse_prefill(query, key, value, block_mask, scale=scaling, score_mod=score_mod)

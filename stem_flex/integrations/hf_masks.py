@@ -250,10 +250,11 @@ def stem_mask(
     one_way = "allow_is_bidirectional_skip" not in kwargs
     if one_way and is_prefill(settings, q_length, kv_offset + kv_length):
         device = kwargs.get("device")
-        return _build(
+        build: Any = _build  # the decorator is typed as a factory
+        return build(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, settings, device
         )
-    fallback = masking_utils.sdpa_mask
+    fallback: Callable[..., Any] = masking_utils.sdpa_mask
     if settings.get("fallback", "sdpa") == "eager":
         fallback = masking_utils.eager_mask
     return fallback(

@@ -149,7 +149,8 @@ def compose(block_mask: BlockMask, other: Any) -> BlockMask:
     if isinstance(other, BlockMask):
         right = dense_mask(other)
     elif callable(other):
-        right = create_mask(other, B, H, Lq, Lk, device="cpu")
+        mask_mod: Any = other
+        right = create_mask(mask_mod, B, H, Lq, Lk, device="cpu")
     else:
         right = token_mask(other, B, H, Lq, Lk)
     mask = left & right

@@ -59,11 +59,11 @@ def block_mass(
     Returns:
         float32 (B, Hq, Qb, Kb) twice; the mean's rows sum to 1. Zero where causality forbids.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = float(q.shape[-1] ** -0.5) if scale is None else scale
     if resolve(impl, q) == "triton":
         from stem_flex.kernels.mass import block_mass_kernel
 
-        return block_mass_kernel(q, k, block, q_offset, scale)
+        return block_mass_kernel(q, k, block, q_offset, factor)
     batch, heads, q_len, _ = q.shape
     k_len, (q_block, k_block) = k.shape[2], block
     blocks = -(-q_len // q_block), -(-k_len // k_block)
@@ -73,7 +73,7 @@ def block_mass(
         part = slice(row * q_block, min((row + 1) * q_block, q_len))
         end = min(k_len, q_offset + part.stop)
         keys = k[:, :, :end].float().repeat_interleave(heads // k.shape[1], 1)
-        logits = q[:, :, part].float() @ keys.mT * scale
+        logits = q[:, :, part].float() @ keys.mT * factor
         positions = torch.arange(part.start, part.stop, device=q.device)[:, None] + q_offset
         weights = logits.masked_fill_(torch.arange(end, device=q.device) > positions, -math.inf).softmax(-1)
         weights = torch.nn.functional.pad(weights, (0, -end % k_block))

@@ -68,7 +68,7 @@ def _check_tables(m: BlockMask) -> None:
     Qb, Kb = -(-m.seq_lengths[0] // q_block), -(-m.seq_lengths[1] // k_block)
     assert (m.full_kv_num_blocks is None) == (m.full_kv_indices is None), "one full table without the other"
     tables = [("partial", m.kv_num_blocks, m.kv_indices)]
-    if m.full_kv_num_blocks is not None:
+    if m.full_kv_num_blocks is not None and m.full_kv_indices is not None:
         tables.append(("full", m.full_kv_num_blocks, m.full_kv_indices))
     for name, counts, indices in tables:
         assert counts.dtype == indices.dtype == torch.int32, f"{name}: {counts.dtype}, {indices.dtype}, not int32"
