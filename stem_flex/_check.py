@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stem_flex.config import StemConfig
+
 if TYPE_CHECKING:
     from stem_flex.geometry import Geometry
 
@@ -36,6 +38,15 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v must have k's shape {tuple(k.shape[:3])} but for Dv, got {tuple(v.shape[:3])}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"q must have a multiple of k's {k.shape[1]} heads, got {q.shape[1]}")
+
+
+def check_config(config: StemConfig | None) -> StemConfig:
+    """``StemConfig()`` for None; raise TypeError for anything but a StemConfig."""
+    if config is None:
+        return StemConfig()
+    if not isinstance(config, StemConfig):
+        raise TypeError(f"config must be a StemConfig or None, got {type(config).__name__}; StemConfig(**options)")
+    return config
 
 
 def check_positive(name: str, value: object) -> None:

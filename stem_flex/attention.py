@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from stem_flex._check import check_qkv
+from stem_flex._captured import code_of
+from stem_flex._check import check_config, check_qkv
 from stem_flex._compiled import compiled
 from stem_flex.backend import Decision, choose, kernel_options
 from stem_flex.config import StemConfig
@@ -60,7 +61,7 @@ def stem_attention(
 
     On CUDA gradients flow to q, k, v through the kept pairs with backend "triton"; none through the choice.
     """
-    config = config or StemConfig()
+    config = check_config(config)
     check_qkv(q, k, v)
     decision = explain(
         q,
@@ -76,7 +77,7 @@ def stem_attention(
         return_lse=return_lse,
         budget=budget,
     )
-    if decision.dense:
+    if decision.dense and not options:
         return dense_causal(q, k, v, scale=scale, kernel=decision.backend)
     block_mask = stem_block_mask(
         q,
@@ -127,6 +128,8 @@ def explain(
     Raises:
         ValueError, ImportError: an explicit backend can't serve the call: the reason and the fix.
     """
+    check_qkv(q, k, v)
+    config = check_config(config)
     plain = (
         (layout is None or (isinstance(layout, Layout) and layout.plain_causal))
         and _is_int(q_offset, 0)
@@ -140,8 +143,9 @@ def explain(
     return choose(
         q,
         v,
-        config or StemConfig(),
+        config,
         backend=backend,
+        block_size=(config.query_block, config.key_block),
         plain=plain,
         needs_grad=_needs_grad(q, k, v),
         return_lse=return_lse,
@@ -173,8 +177,18 @@ def sparse_prefill(
     check_qkv(q, k, v)
     _check_mask(q, k, block_mask)
     needs_grad = _needs_grad(q, k, v)
-    name = choose(q, v, None, backend=backend, plain=False, needs_grad=needs_grad, return_lse=return_lse).backend
-    merged = {**kernel_options(name, q, k, v, (block_mask.BLOCK_SIZE[0], block_mask.BLOCK_SIZE[1])), **(options or {})}
+    block_size = (block_mask.BLOCK_SIZE[0], block_mask.BLOCK_SIZE[1])
+    name = choose(
+        q,
+        v,
+        None,
+        backend=backend,
+        block_size=block_size,
+        plain=False,
+        needs_grad=needs_grad,
+        return_lse=return_lse,
+    ).backend
+    merged = {**kernel_options(name, q, k, v, block_size), **(options or {})}
     if needs_grad and block_mask.q_indices is None:
         raise ValueError(
             "block_mask has no query tables, which gradients need; build it with compute_q_blocks=True, "
@@ -185,7 +199,7 @@ def sparse_prefill(
     if name == "flash":
         check_block_lists(_flash, q, k, v)
     kind = (name, q.dtype, q.shape[0] == 1, q.shape[1], *k.shape[1::2], v.shape[3], return_lse, needs_grad)
-    kind = (*kind, tuple(block_mask.BLOCK_SIZE), _code(block_mask.mask_mod), _code(score_mod), scale)
+    kind = (*kind, tuple(block_mask.BLOCK_SIZE), code_of(block_mask.mask_mod), code_of(score_mod), scale)
     kind = (*kind, *sorted(merged.items()))
     dynamic = True if name == "triton" else None  # IS_DIVISIBLE already tells its kernel what a fixed length would
     return compiled(_flex, kind, dynamic)(q, k, v, block_mask, scale, score_mod, return_lse, merged)
@@ -246,7 +260,3 @@ def _needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _is_int(value: object, expected: int) -> bool:
     return not isinstance(value, Tensor) and value == expected
-
-
-def _code(f: Callable | None) -> object:
-    return getattr(f, "__code__", f)

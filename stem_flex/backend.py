@@ -43,6 +43,7 @@ def choose(
     config: StemConfig | None,
     *,
     backend: str,
+    block_size: tuple[int, int],
     plain: bool,
     needs_grad: bool,
     return_lse: bool,
@@ -56,7 +57,7 @@ def choose(
         raise ValueError(f"backend='cpu' needs CPU tensors, got {q.device}; use 'auto', 'triton' or 'flash'")
     if q.dtype == torch.float64:
         raise ValueError("q must be float16, bfloat16 or float32 on CUDA, got float64; stem_flex.reference has it")
-    refusal = flash_refusal(q, v, needs_grad)
+    refusal = flash_refusal(q, v, block_size, needs_grad)
     if backend == "flash" and refusal:
         raise (ImportError if "install" in refusal else ValueError)(f"backend='flash' can't serve: {refusal}")
     sparse = "triton" if backend == "triton" or refusal else "flash"
@@ -105,7 +106,7 @@ def causal_density(num_blocks: int, config: StemConfig) -> float:
     return float(torch.minimum(kept, candidates).sum() / candidates.sum())
 
 
-def flash_refusal(q: Tensor, v: Tensor, needs_grad: bool) -> str | None:
+def flash_refusal(q: Tensor, v: Tensor, block_size: tuple[int, int], needs_grad: bool) -> str | None:
     """Why flex_attention's FLASH kernel can't serve, or None."""
     if not installed("flash_attn.cute"):
         return "flash-attn-4 is not installed; pip install 'stem-flex[flash]'"
@@ -116,6 +117,8 @@ def flash_refusal(q: Tensor, v: Tensor, needs_grad: bool) -> str | None:
         return f"dtype {q.dtype}, expected float16 or bfloat16; use 'triton'"
     if max(q.shape[3], v.shape[3]) > 192 or q.shape[3] % 8 or v.shape[3] % 8:
         return f"head dims {q.shape[3]} and {v.shape[3]}, expected multiples of 8 up to 192; use 'triton'"
+    if block_size not in ((128, 128), (128, 64)):
+        return f"blocks of {block_size}, expected (128, 128) or (128, 64); use 'triton'"
     if needs_grad:
         return "gradients were asked for; use 'triton', or torch.no_grad()"
     return None
@@ -142,8 +145,12 @@ def kernel_options(backend: str, q: Tensor, k: Tensor, v: Tensor, block_size: tu
         return {"BACKEND": "FLASH"}
     head_dim = max(q.shape[3], v.shape[3])
     options = next((options for largest, options in _TRITON_OPTIONS if head_dim <= largest), {})
-    fits = q.dtype != torch.float32 and options and block_size == (128, 128)
-    found = {"BACKEND": "TRITON", **(options if fits else {})}
+    if block_size != (128, 128):  # PyTorch's own tiles may be larger than the blocks, which it refuses
+        tile = (128, 64) if head_dim <= 128 and q.dtype != torch.float32 else (64, 32)
+        options = {"BLOCK_M": min(tile[0], block_size[0]), "BLOCK_N": min(tile[1], block_size[1])}
+    elif q.dtype == torch.float32:
+        options = {}
+    found = {"BACKEND": "TRITON", **options}
     if not torch.compiler.is_compiling() and q.shape[2] % 128 == 0 and k.shape[2] % 128 == 0:
         # a graph for any length can't know that no tile is ragged, and would check every load
         found["IS_DIVISIBLE"] = True

@@ -144,7 +144,8 @@ def bind(
     """
     key = (batch, heads, q_len, k_len, q_offset, kv_len, prompt_len, *block_size, device)
     on_host = not isinstance(q_offset, Tensor) and not isinstance(kv_len, Tensor) and not isinstance(prompt_len, Tensor)
-    if not on_host or torch.compiler.is_compiling():
+    lengths_known = type(q_offset) is int and all(x is None or type(x) is int for x in (kv_len, prompt_len))
+    if not on_host or not lengths_known or torch.compiler.is_compiling():
         return _bind(layout, Geometry.of(*key), memo=False)
     tensors = layout.tensors()
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -155,7 +156,8 @@ def bind(
     key_now = (*key, *(tensor._version for tensor in tensors))
     bound = memo.get(key_now)
     if bound is None:
-        bound = _bind(layout, Geometry.of(*key), memo=True)
+        with torch.inference_mode(False), torch.no_grad():  # what is remembered also serves training
+            bound = _bind(layout, Geometry.of(*key), memo=True)
         if capturing:
             return bound  # its memory is the graph's
         if len(memo) >= _MEMO_ENTRIES:
@@ -314,7 +316,7 @@ def from_position(geometry: Geometry, of_token: Tensor) -> Tensor:
     tokens = of_token.shape[1]
     if tokens == 0:
         return torch.zeros_like(positions).expand(rows, -1)
-    index = positions.clamp(max=tokens - 1).long().expand(rows, -1)
+    index = positions.clamp(min=0, max=tokens - 1).long().expand(rows, -1)
     return torch.where(positions < tokens, of_token.expand(rows, -1).gather(1, index), 0)
 
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from stem_flex._check import check_config
 from stem_flex.config import StemConfig
 
 _PAPER_FLOOR = 54  # the paper's smallest k_start, in blocks
@@ -40,7 +41,7 @@ def tpd_budget(num_blocks: int, config: StemConfig | None = None, *, device=None
     if num_blocks < 1:
         raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
     position = torch.arange(num_blocks, dtype=torch.int32, device=device)
-    return row_budget(position, torch.full_like(position, num_blocks), config or StemConfig())
+    return row_budget(position, torch.full_like(position, num_blocks), check_config(config))
 
 
 def row_budget(position: Tensor, prompt_blocks: Tensor, config: StemConfig) -> Tensor:
@@ -56,7 +57,7 @@ def row_budget(position: Tensor, prompt_blocks: Tensor, config: StemConfig) -> T
     Returns:
         int32, the shape of ``position``.
     """
-    k_start = -1.0 if config.k_start is None else float(config.k_start)
+    k_start = -1.0 if config.k_start is None else float(min(config.k_start, 2**31 - 1))
     fraction = isinstance(config.k_start, float)
     return _row_budget(position, prompt_blocks, config.schedule, k_start, fraction, config.mu)
 

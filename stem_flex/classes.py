@@ -28,9 +28,22 @@ def classify(
     Returns:
         int8 (batch, heads, Qb, Kb).
     """
+    q_block, _ = block_size
+    at_once = max(1, _TOKENS_AT_ONCE // (batch * q_block * k_len))
+    if heads > at_once:
+        some = [slice(h, min(h + at_once, heads)) for h in range(0, heads, at_once)]
+        tables = [_classify(mask_mod, batch, part, q_len, k_len, block_size, device) for part in some]
+        return torch.cat(tables, 1)
+    return _classify(mask_mod, batch, slice(0, heads), q_len, k_len, block_size, device)
+
+
+def _classify(
+    mask_mod, batch: int, some_heads: slice, q_len: int, k_len: int, block_size: tuple[int, int], device
+) -> Tensor:
     q_block, k_block = block_size
     q_blocks, k_blocks = -(-q_len // q_block), -(-k_len // k_block)
-    b, h = torch.arange(batch, device=device), torch.arange(heads, device=device)
+    b, h = torch.arange(batch, device=device), torch.arange(some_heads.start, some_heads.stop, device=device)
+    heads = h.numel()
     kv = torch.arange(k_len, device=device)
     rows = max(1, _TOKENS_AT_ONCE // (batch * heads * q_block * k_len))
     classes = torch.empty(batch, heads, q_blocks, k_blocks, dtype=torch.int8, device=device)

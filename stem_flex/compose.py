@@ -35,7 +35,8 @@ def compose(block_mask: BlockMask, other: BlockMask | Layout | Callable) -> Bloc
         TypeError, ValueError: naming the argument, what was expected, what came.
 
     Masks made here know their layout, so that interval layouts intersect by arithmetic on N tokens. A BlockMask
-    from elsewhere is evaluated token by token, in chunks of bounded memory.
+    from elsewhere, or whose mask_mod was replaced, is evaluated token by token, in chunks of bounded memory. Layouts
+    are bound at the q_offset and kv_len of the mask that knows its own; at 0 where none does.
     """
     if not isinstance(block_mask, BlockMask):
         raise TypeError(f"block_mask must be a BlockMask, got {type(block_mask).__name__}")
@@ -86,9 +87,9 @@ def _geometry(mask: object) -> Geometry | None:
 
 
 def _layout_of(block_mask: BlockMask, geometry: Geometry | None) -> Layout:
-    """The mask's layout if it was bound at the same offsets, else the mask's tokens."""
+    """The mask's layout if it was bound at the same offsets and still is the mask's, else the mask's tokens."""
     known = getattr(block_mask, "structure", None)
-    if isinstance(known, BoundLayout) and geometry is not None:
+    if isinstance(known, BoundLayout) and geometry is not None and block_mask.mask_mod is known.mask_mod:
         own = known.geometry
         if _same(own.q_offset, geometry.q_offset) and _same(own.kv_len, geometry.kv_len):
             return known.layout

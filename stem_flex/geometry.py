@@ -28,6 +28,8 @@ class Geometry:
     def of(cls, batch, heads, q_len, k_len, q_offset, kv_len, prompt_len, q_block, k_block, device) -> Geometry:
         """Checked: raises TypeError or ValueError naming the argument."""
         q_offset = _checked_length("q_offset", q_offset, batch, device)
+        if isinstance(q_offset, int) and q_offset + q_len >= 2**31:
+            raise ValueError(f"q_offset + q's length must be below 2**31, got {q_offset} + {q_len}")
         if kv_len is not None:
             kv_len = _checked_length("kv_len", kv_len, batch, device)
             if isinstance(kv_len, int) and kv_len > k_len:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from stem_flex._captured import captured_tensors
 from stem_flex._check import check_int_tensor, check_positive, check_rows
 from stem_flex.binding import BoundLayout, MaskModFn, Spans, bind, from_position
 from stem_flex.documents import spans_of_ids, spans_of_lengths
@@ -23,6 +24,8 @@ from stem_flex.geometry import Geometry
 from stem_flex.tables import block_mask_mod
 
 Side = Literal["left", "right"]
+
+_LONGEST = 2**31 - 1  # positions are int32
 
 
 class Layout:
@@ -53,14 +56,13 @@ class Layout:
         device = torch.device(device)
         return bind(self, batch, heads, q_len, k_len, q_offset, kv_len, prompt_len, block_size, device)
 
-    # What a layout tells the binding; the defaults are those of "no constraint".
-
+    # what a layout tells the binding; the defaults are those of "no constraint"
     def parts(self) -> tuple[Layout, ...]:
         """The primitive layouts this one intersects."""
         return (self,)
 
     def spans(self, geometry: Geometry) -> Spans | None:
-        """Allowed keys [start, end) of every query position, or None if they are no interval."""
+        """Allowed keys [start, end) of every query position; None: no interval."""
         return None
 
     def valid(self, geometry: Geometry) -> tuple[Tensor, Tensor] | None:
@@ -119,7 +121,8 @@ class SlidingWindow(Layout):
     window: int
 
     def spans(self, geometry: Geometry) -> Spans:
-        return Spans(geometry.positions - (self.window - 1), geometry.positions + 1)
+        reach = min(self.window, _LONGEST) - 1
+        return Spans(geometry.positions - reach, geometry.positions + 1)
 
     def forbids_future(self) -> bool:
         return True
@@ -135,10 +138,10 @@ class Prefix(Layout):
         length = self.length
         if isinstance(length, Tensor):
             check_rows("prefix length", length, geometry)
-            length = length.to(torch.int32)[:, None]
+            length = length.clamp(max=_LONGEST).to(torch.int32)[:, None]
             end = torch.maximum(geometry.positions + 1, length)
         else:
-            end = (geometry.positions + 1).clamp(min=length)
+            end = (geometry.positions + 1).clamp(min=min(length, _LONGEST))
         return Spans(torch.zeros_like(end), end)
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -180,7 +183,7 @@ class Padding(Layout):
         return start[:, None].expand_as(positions), end[:, None].expand_as(positions)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.lengths,)
+        return () if self.from_host else (self.lengths,)
 
     def forbids_future(self) -> bool:
         return self.causal
@@ -221,7 +224,7 @@ class Documents(Layout):
         return self.starts, self.ends
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.starts, self.ends)
+        return () if self.from_host else (self.starts, self.ends)
 
     def forbids_future(self) -> bool:
         return self.causal
@@ -236,6 +239,9 @@ class MaskMod(Layout):
     H: int
     Lq: int
     Lk: int
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return captured_tensors(self.f)
 
     def token_mask(self, geometry: Geometry) -> MaskModFn:
         if (self.Lq, self.Lk) != (geometry.q_len, geometry.k_len):
@@ -265,6 +271,9 @@ class FromBlockMask(Layout):
     @property
     def H(self) -> int:  # noqa: N802
         return self.block_mask.kv_num_blocks.shape[1]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return captured_tensors(self.mod)
 
     def token_mask(self, geometry: Geometry) -> MaskModFn:
         Lq, Lk = self.block_mask.seq_lengths
@@ -306,7 +315,9 @@ def sliding_window(window: int) -> Layout:
 
 def prefix(length: int | Tensor) -> Layout:
     """Prefix-LM: causal, and every query keeps the first ``length`` keys, an int or an int tensor (B,)."""
-    if not isinstance(length, Tensor):
+    if isinstance(length, Tensor):
+        check_int_tensor("prefix length", length, 1)
+    else:
         check_positive("prefix length", length)
     return Prefix(length)
 
@@ -364,7 +375,7 @@ def documents(
 
 
 def _on_device(tensor: Tensor, geometry: Geometry) -> Tensor:
-    """Numbers given as Python sequences follow q to its device, which waits for it when first bound there."""
+    # numbers given as Python sequences follow q to its device, which waits for it when first bound there
     return tensor.to(geometry.device)
 
 

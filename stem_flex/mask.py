@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from stem_flex._check import check_qkv
+from stem_flex._check import check_config, check_qkv
 from stem_flex._impl import resolve
 from stem_flex.binding import BoundLayout, MaskModFn
 from stem_flex.config import StemConfig
@@ -62,7 +62,7 @@ def stem_block_mask(
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came, and the fix.
     """
-    config = config or StemConfig()
+    config = check_config(config)
     check_qkv(q, k, v)
     if mask_mod not in ("layout", "exact"):
         raise ValueError(f"mask_mod must be 'layout' or 'exact', got {mask_mod!r}")
@@ -141,8 +141,8 @@ def _triton_tables(
         row_budget,
         *bound.restrictions,
         **score_options(config),
-        sink=config.sink_blocks,
-        local=config.local_blocks,
+        sink=min(config.sink_blocks, bound.k_blocks),
+        local=min(config.local_blocks, bound.k_blocks),
         partial_columns=partial_columns,
         width=width,
         max_key_blocks=bound.k_blocks,

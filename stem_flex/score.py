@@ -9,7 +9,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from stem_flex._check import check_qkv
+from stem_flex._check import check_config, check_qkv
 from stem_flex._impl import resolve
 from stem_flex.binding import BoundLayout
 from stem_flex.classes import EMPTY
@@ -57,7 +57,7 @@ def oam_scores(
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came, and the fix.
     """
-    config = config or StemConfig()
+    config = check_config(config)
     check_qkv(q, k, v)
     q, k, v = q.detach(), k.detach(), v.detach()
     bound = bind_to(q, k, layout, q_offset=q_offset, kv_len=kv_len, prompt_len=None, config=config)
@@ -149,7 +149,7 @@ def value_magnitude(v: Tensor, bound: BoundLayout, config: StemConfig) -> Tensor
     mean = (logs * complete).sum(-1, keepdim=True) / number.clamp(min=1)
     square = ((logs - mean).square() * complete).sum(-1, keepdim=True)
     deviation = (square / (number - 1).clamp(min=1)).sqrt()
-    bonus = ((logs - mean) / (deviation + _EPS)).relu() * ((counted > 0) & (number >= 2))
+    bonus = ((logs - mean) / (deviation + _EPS)).nan_to_num(nan=0.0).relu() * ((counted > 0) & (number >= 2))
     return reduce(bonus, "b h (j g) -> b h j", "mean", j=blocks).to(norms.dtype)
 
 

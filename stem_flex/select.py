@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stem_flex._check import check_config
 from stem_flex._impl import resolve
 from stem_flex.binding import HI, LO, OWN_HI, OWN_LO, BoundLayout
 from stem_flex.budget import largest_budget
@@ -38,10 +39,13 @@ def select_blocks(
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came.
     """
-    config = config or StemConfig()
+    config = check_config(config)
     expected = (bound.q_blocks, bound.k_blocks)
     if scores.dim() != 4 or tuple(scores.shape[2:]) != expected:
         raise ValueError(f"scores must have shape (B, Hq, {expected[0]}, {expected[1]}), got {tuple(scores.shape)}")
+    for name, size, held in zip("BH", scores.shape, (bound.rows.shape[0], 1), strict=False):
+        if held not in (1, size):
+            raise ValueError(f"scores must have {name}={held}, as the bound layout, got {size}")
     row_budget, most_kept = budget_rows(bound, config, budget, *scores.shape[:2])
     width, partial_columns = table_shape(bound, most_kept)
     if resolve(impl, scores) == "triton":
@@ -52,8 +56,8 @@ def select_blocks(
             bound.rows,
             row_budget,
             bound.classes,
-            sink=config.sink_blocks,
-            local=config.local_blocks,
+            sink=min(config.sink_blocks, bound.k_blocks),
+            local=min(config.local_blocks, bound.k_blocks),
             partial_columns=partial_columns,
             width=width,
         )
@@ -76,12 +80,13 @@ def budget_rows(
     elif isinstance(budget, Tensor):
         rows = _checked_budget(budget, bound, batch, heads)
         readable = not (budget.is_cuda or torch.compiler.is_compiling())
-        most = int(budget.max()) if readable else bound.k_blocks
+        most = int(rows.max()) if readable else bound.k_blocks
     else:
         if isinstance(budget, bool) or not isinstance(budget, int):
             raise TypeError(f"budget must be an int or an int tensor, got {budget!r}")
         if budget < 1:
             raise ValueError(f"budget must be at least 1 block, got {budget}")
+        budget = min(budget, bound.k_blocks)
         rows = torch.full((1, 1, bound.q_blocks), budget, dtype=torch.int32, device=bound.rows.device)
         most = budget
     own = -(-bound.block_size[0] // bound.block_size[1]) + 1
@@ -105,7 +110,7 @@ def _checked_budget(budget: Tensor, bound: BoundLayout, batch: int, heads: int) 
         )
     if budget.device != bound.rows.device:
         raise ValueError(f"budget must be on q's device {bound.rows.device}, got {budget.device}")
-    return rows.clamp(min=1).to(torch.int32)
+    return rows.clamp(min=1, max=bound.k_blocks).to(torch.int32)
 
 
 def top_blocks(scores: Tensor, allowed: Tensor, budget: Tensor) -> Tensor:
@@ -135,8 +140,8 @@ def forced_blocks(bound: BoundLayout, classes: Tensor, config: StemConfig) -> Te
     if bound.classes is not None:  # the first allowed block may depend on the head
         some = classes != EMPTY
         lo = torch.where(some, key, bound.k_blocks).amin(-1, keepdim=True)
-    sink = (key >= lo) & (key < lo + config.sink_blocks)
+    sink = (key >= lo) & (key < lo + min(config.sink_blocks, bound.k_blocks))
     own_hi = rows[..., OWN_HI, :]
-    local = (key >= own_hi - config.local_blocks) & (key < own_hi)
+    local = (key >= own_hi - min(config.local_blocks, bound.k_blocks)) & (key < own_hi)
     own = (key >= rows[..., OWN_LO, :]) & (key < own_hi)
     return (sink | local | own) & (key < rows[..., HI, :])

@@ -123,7 +123,7 @@ def _dense_kernel(q: Tensor, k: Tensor, v: Tensor, mask: StemMask, stem: bool) -
     if not (q.is_cuda and half and whole and q.shape[3] <= 256):
         return None
     if not stem:
-        return "flash-attn-4" if flash_refusal(q, v, False) is None else "cudnn"
+        return "flash-attn-4" if flash_refusal(q, v, (128, 128), False) is None else "cudnn"
     if mask.settings.min_tokens == 0 or mask.prompt_len is not None:
         return None
     decision = explain(q, k, v, mask.settings.config)
