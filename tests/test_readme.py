@@ -60,7 +60,7 @@ def test_figures_of_results(tmp_path):
            "stem_flash": {"ms": timing, "density": 0.2, "tflops": 650.4}}  # fmt: skip
     (tmp_path / "prefill.json").write_text(json.dumps(head | {"rows": [row]}))
     text = figures(tmp_path)
-    assert "| 128K | 20.0% | 9 | - | - | - | 2 | 4.5x | - | - | 650 |" in text
+    assert "| 128K | 20.0% | 9 | - | - | - | 2 | - | 4.5x | - | - | 650 |" in text
     row = {"tokens": 8192, "floor": {"ms": timing}, "graph": {"ms": timing | {"median": 3.0}},
            "stem": {"ms": timing, "peak_mib": 31.2}}  # fmt: skip
     (tmp_path / "mask.json").write_text(json.dumps(head | {"rows": [row]}))
