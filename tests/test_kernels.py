@@ -130,6 +130,8 @@ def chosen(scores: Tensor, rows: Tensor, budget: Tensor, classes: Tensor | None,
                 allowed = [j for j in range(Kb) if kind[j] > 0]
                 ranked = sorted(allowed, key=lambda j, row=scores[b, h, i]: (-key_of(float(row[j])), j))
                 lo, _, _, _, own_lo, own_hi = (int(x) for x in rows[b % rows.shape[0], i, :6])
+                if classes is not None and allowed:
+                    lo = allowed[0]  # sinks start at this head's first candidate
                 keep = set(ranked[: int(budget[b, h, i])])
                 forced = {*range(lo, lo + sink), *range(own_hi - local, own_hi), *range(own_lo, own_hi)}
                 keep |= forced & set(allowed)
