@@ -263,7 +263,7 @@ def test_pool_honours_valid_ranges(device, dtype, metric):
     bias = 0.5 * block_magnitudes(v.nan_to_num(), ks, ke, block, stride, metric).flatten()
     sizes = pool_module.sizes_of(tuple(q.shape), tuple(k.shape), Dv, block, block, stride)
     args = on(device, q, k, v, *(x.int() for x in (ks, ke, qs, qe)))
-    flats, stats = ops._pooled(*args, sizes, metric, 0.5)
+    flats, stats = ops._pooled(*args, sizes, metric, 0.5, {})
     assert flats.dtype == dtype
     assert sizes.flats == flats.numel() == qf.numel() + kf.numel()
     tolerance = TOLERANCE[dtype]
