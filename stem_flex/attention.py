@@ -98,7 +98,7 @@ def stem_attention(
         block_mask,
         scale=scale,
         score_mod=score_mod,
-        backend=decision.backend,
+        backend=backend,
         return_lse=return_lse,
         options=options,
     )
