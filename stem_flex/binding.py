@@ -143,9 +143,8 @@ def bind(
     A hit is on the hot path of every layer: it looks a tuple up and checks nothing again.
     """
     key = (batch, heads, q_len, k_len, q_offset, kv_len, prompt_len, *block_size, device)
-    on_host = not isinstance(q_offset, Tensor) and not isinstance(kv_len, Tensor) and not isinstance(prompt_len, Tensor)
     lengths_known = type(q_offset) is int and all(x is None or type(x) is int for x in (kv_len, prompt_len))
-    if not on_host or not lengths_known or torch.compiler.is_compiling():
+    if not lengths_known or torch.compiler.is_compiling():
         return _bind(layout, Geometry.of(*key), memo=False)
     tensors = layout.tensors()
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
