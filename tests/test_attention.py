@@ -115,9 +115,8 @@ def test_running_eagerly_is_an_error():
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"})
 
 
-def test_the_recompile_limit_is_an_error(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_the_recompile_limit_is_an_error():
     def double(x, n):
         return x * n
 

@@ -194,6 +194,10 @@ class StemMask:
             self._moved[device] = moved
         return self._moved[device]
 
+    def contiguous(self) -> StemMask:
+        """Itself: ``generate`` asks this of the masks it builds ahead, and there is no tensor to lay out."""
+        return self
+
     def check(self, query: Tensor, key: Tensor) -> None:
         """Raise unless the attention call has the sizes that this mask was made for."""
         batch, _, queries, _ = query.shape
