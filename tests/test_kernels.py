@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.utils.deterministic
 from torch import Tensor
 
 if not torch.cuda.is_available() and "triton" not in sys.modules:
@@ -35,16 +36,16 @@ devices = pytest.mark.parametrize(
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
+UNWRITTEN = torch.iinfo(torch.int32).max
+
+
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Fill what the launchers allocate with NaN and -7: whatever they forget to write shows."""
-    empty = torch.empty
-
-    def poison(*args, **kwargs):
-        x = empty(*args, **kwargs)
-        return x.fill_(math.nan if x.is_floating_point() else -7)
-
-    monkeypatch.setattr(torch, "empty", poison)
+def poisoned():
+    """PyTorch fills what the launchers allocate with NaN and UNWRITTEN: whatever they forget to write shows."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 # ---- references: loops over blocks and rows, float64, no shared code ----
@@ -143,7 +144,7 @@ def listed(buffer: Tensor, counts: Tensor, width: int, partial_columns: int, Kb:
     """The same dictionary from the kernels' tables; checks that columns past the counts were left alone."""
     _, B, H, Qb = counts.shape
     assert buffer.shape == (B * H * Qb * width + Kb + partial_columns,)
-    assert bool((buffer[B * H * Qb * width :] == -7).all())
+    assert bool((buffer[B * H * Qb * width :] == UNWRITTEN).all())
     table = buffer[: B * H * Qb * width].view(B, H, Qb, width).cpu()
     counts = counts.cpu()
     out = {}
@@ -155,7 +156,7 @@ def listed(buffer: Tensor, counts: Tensor, width: int, partial_columns: int, Kb:
         written = torch.zeros(width, dtype=torch.bool)
         written[:p] = True
         written[partial_columns : partial_columns + f] = True
-        assert bool((row[~written] == -7).all())
+        assert bool((row[~written] == UNWRITTEN).all())
         out[b, h, i] = row[:p].tolist(), row[partial_columns : partial_columns + f].tolist()
     return out
 
@@ -519,7 +520,7 @@ def test_tables_in_chunks(device, window, offset, monkeypatch):
     rows = causal_rows(300, 300, 16, 16, window=window)
     budget = torch.full((1, 1, 1), 5, dtype=torch.int32)
     options = {**OPTIONS, "block_q": 16, "block_k": 16, "max_key_blocks": 19 if window is None else 8}
-    monkeypatch.setattr(scores_module, "WORKSPACE_BYTES", 16 * 32 * 4)
+    monkeypatch.setattr(scores_module, "MOST_WORKSPACE_BYTES", 16 * 32 * 4)
     assert len(scores_module.chunks(1, 19, 19, 16, 16, offset, 16 * 32 * 4)[0]) == 2
     check_tables(device, q, k, v, rows, budget, causal_offset=offset, **options)
 
@@ -527,7 +528,8 @@ def test_tables_in_chunks(device, window, offset, monkeypatch):
 @pytest.mark.parametrize("offset", [None, 0, 1000])
 @pytest.mark.parametrize("q_blocks", [1, 16, 17, 1024, 8192])
 def test_chunks_cover_the_rows_within_the_workspace(offset, q_blocks):
-    heads, limit = 32, scores_module.WORKSPACE_BYTES
+    heads, limit = 32, scores_module.workspace_bytes(32, q_blocks)
+    assert scores_module.WORKSPACE_BYTES <= limit <= scores_module.MOST_WORKSPACE_BYTES
     cut, size = scores_module.chunks(heads, q_blocks, q_blocks, 128, 128, offset, limit)
     assert 4 * size <= limit
     row = 0

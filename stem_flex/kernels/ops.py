@@ -9,7 +9,7 @@ and in CUDA graphs (after one eager call, which compiles the kernels).
 
     flats    e * s*D * B*(Hq*Qb + Hkv*Kb)         s/BQ of q's bytes, s/BK of k's
     stats    4 * B*Hkv*Kb * (n + 4)
-    scores   at most `stem_flex.kernels.scores.WORKSPACE_BYTES`
+    scores   at most `stem_flex.kernels.scores.MOST_WORKSPACE_BYTES`
 
 Compilations: one per dtype, head count, head dim, block size, stride, metric and layout kind; lengths add at most two
 score tiles and one select kernel per power of two of key blocks, 256 .. 16384.
@@ -97,15 +97,16 @@ def _tables(
     _check(q, k, v, rows, block_q, block_k, stride, metric)
     _check_span(max_key_blocks)
     tensors = (q, k, v, rows, budget, classes, key_start, key_end, query_start, query_end)
+    heads = q.shape[0] * q.shape[1]
+    workspace_bytes = _scores.workspace_bytes(heads, -(-k.shape[2] // block_k))
     plan = plan_of((
         *(None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors), q.device,
         block_q, block_k, stride, metric, value_weight, sink, local, partial_columns, width, max_key_blocks,
-        causal_offset, _scores.WORKSPACE_BYTES,
+        causal_offset, workspace_bytes,
     ))  # fmt: skip
     sizes = _sizes(q, k, v, block_q, block_k, stride)
-    heads = sizes.batch * sizes.q_heads
     chunks, size = _scores.chunks(
-        heads, sizes.q_blocks, sizes.k_blocks, block_q, block_k, causal_offset, _scores.WORKSPACE_BYTES
+        heads, sizes.q_blocks, sizes.k_blocks, block_q, block_k, causal_offset, workspace_bytes
     )
     budget_strides, class_strides = _strides(budget), _strides(classes)
     with _guard(q):

@@ -6,8 +6,9 @@ float32 accumulation (IEEE products for float32 inputs), float32 out. Tiles that
 skipped: they are left unwritten when streaming (the selection never looks at them) and -inf in the full matrix.
 
 Streaming: the rows [row, row + count) of all B*Hq heads are scored into one workspace and selected from there before
-the next chunk overwrites it, so that score memory is ``max(WORKSPACE_BYTES, 16 rows of every head)`` however long the
-sequence is. A chunk is only as wide as its rows can reach where the host knows that (causal, integer offset).
+the next chunk overwrites it, so that score memory is at most ``max(MOST_WORKSPACE_BYTES, 16 rows of every head)``
+however long the sequence is. Every chunk reads all pooled keys again, so long sequences get chunks of ROWS rows as far
+as that allows. A chunk is only as wide as its rows can reach where the host knows that (causal, integer offset).
 
 Model, causal, per head: ``s*D * Kb*Qb`` multiply-adds after the skip (half of the square), s/(2*B^2) of dense
 attention's; reads ``2*s*D*e`` bytes a block pair tile row from L2, writes (and the selection reads) ``4*Qb*Kb/2``
@@ -26,7 +27,10 @@ from stem_flex.kernels.launch import Plan, launch
 from stem_flex.kernels.pool import INTERPRETED, Sizes
 
 WORKSPACE_BYTES = 128 * 2**20
-"""Most bytes of scores alive at a time while tables are built (more only if 16 rows of every head need more)."""
+"""Bytes of scores alive at a time while tables are built, unless ROWS rows of every head need more."""
+
+MOST_WORKSPACE_BYTES = 512 * 2**20
+"""Most bytes of scores alive at a time (more only if 16 rows of every head need more)."""
 
 # Tuning: (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) where the 128-wide tiles fill the GPU, where they do not, and for
 # float32 (no tensor cores); FILL is the number of 128-wide tiles that counts as filling it.
@@ -34,6 +38,7 @@ LARGE_TILE = (128, 128, 64, 4, 3)
 SMALL_TILE = (64, 64, 64, 4, 4)
 FLOAT_TILE = (64, 64, 32, 4, 2)
 FILL = 264
+ROWS = 512  # rows of a chunk: pooled keys of ROWS/128 tiles are read once from memory, then from L2
 
 
 class Chunk(NamedTuple):
@@ -49,6 +54,11 @@ def _reach(rows: int, k_blocks: int, block_q: int, block_k: int, causal_offset: 
     if causal_offset is None:
         return k_blocks
     return max(1, min(k_blocks, -(-(causal_offset + rows * block_q) // block_k)))
+
+
+def workspace_bytes(heads: int, k_blocks: int) -> int:
+    """Bytes of scores to keep alive at a time for rows of ``k_blocks``."""
+    return min(MOST_WORKSPACE_BYTES, max(WORKSPACE_BYTES, 4 * heads * ROWS * k_blocks))
 
 
 @lru_cache(maxsize=4096)

@@ -51,11 +51,10 @@ _NAN_KEY = tl.constexpr(-2147483646)  # below -inf, which is -2139095041
 
 @triton.jit
 def _to_key(score):
-    """float32 -> int32 in the same order; integer arithmetic only, so that denormals keep their order."""
-    bits = score.to(tl.int32, bitcast=True)
+    """float32 -> int32 in the same order."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 = 0.0; denormals stay
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    key = tl.where(key == -1, 0, key)  # -0.0
-    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, _NAN_KEY, key)
+    return tl.where(score != score, _NAN_KEY, key)
 
 
 @triton.jit
@@ -66,21 +65,23 @@ def _to_score(key):
 
 @triton.jit
 def _log_count(count):
-    """log2 of a count: the tail of a bell-shaped row is close to straight in it."""
-    return tl.log2(count.to(tl.float32) + 0.5)
+    """The logarithm of a count + 1/2, in units and with an accuracy that only interpolation is content with.
+
+    A float's bits are its logarithm, bent by less than a tenth of an octave: two instructions for twenty.
+    """
+    return (count.to(tl.float32) + 0.5).to(tl.int32, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _guess(low, high, y_low, y_high, y, step, INTERPOLATIONS: tl.constexpr):
-    """Next threshold to count at, strictly between the keys ``low`` and ``high``; y are logarithms of their counts."""
+def _guess(low, high, part, step, INTERPOLATIONS: tl.constexpr):
+    """Next threshold, strictly between the keys ``low`` and ``high``, ``part`` of the way between their scores."""
     guess = (low & high) + ((low ^ high) >> 1)
     if step < INTERPOLATIONS:
         x_low = _to_score(low)
         x_high = _to_score(high)
         if (x_low > float("-inf")) & (x_high < float("inf")):
-            # Every third step takes the middle, so that one badly placed end cannot hold the search back.
-            part = tl.where(step % 3 == 2, 0.5, (y_low - y) / (y_low - y_high))
-            guess = _to_key(x_low + (x_high - x_low) * part)
+            bits = (x_low + (x_high - x_low) * part).to(tl.int32, bitcast=True)
+            guess = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return tl.minimum(tl.maximum(guess, low + 1), high - 1)
 
 
@@ -102,11 +103,22 @@ def _words(flag):
 
 @triton.jit
 def _rank(word):
-    """Set bits before each position in row-major order, (R, 32), and their total, from the words (R,) of the flags."""
+    """Set bits before each position in row-major order, (R, 32), and up to each word's end, (R,), from the words."""
     count = _popcount(word)
-    before = tl.cumsum(count, axis=0) - count
+    so_far = tl.cumsum(count, axis=0)
     below = ((1 << tl.arange(0, 32)) - 1).to(tl.uint32)
-    return before[:, None] + _popcount(word[:, None] & below[None, :]), tl.sum(count, axis=0)
+    return (so_far - count)[:, None] + _popcount(word[:, None] & below[None, :]), so_far
+
+
+@triton.jit
+def _scatter(table, column, j, mask, BLOCK: tl.constexpr):
+    """table[column] = j where ``mask``.
+
+    Flat: of a store in two dimensions whose places it cannot foresee, Triton 3.6 turns the tile over in shared memory,
+    so that a warp would write 32 places far from each other.
+    """
+    column = tl.reshape(column, (BLOCK,))
+    tl.store(table + column, tl.reshape(j, (BLOCK,)), mask=tl.reshape(mask, (BLOCK,)))
 
 
 @triton.jit
@@ -122,26 +134,98 @@ def _top_k(key, n, k, INTERPOLATIONS: tl.constexpr):
     high = tl.max(key) + 1
     above_low = n
     above_high = n * 0
+    side = n * 0
     step = n * 0
-    y = _log_count(k)
-    y_low = _log_count(above_low)
-    y_high = _log_count(above_high)
+    wanted = _log_count(k)
+    y_low = _log_count(above_low) - wanted
+    y_high = _log_count(above_high) - wanted
     while (low + 1 < high) & (above_low != k):
-        guess = _guess(low, high, y_low, y_high, y, step, INTERPOLATIONS)
+        guess = _guess(low, high, y_low / (y_low - y_high), step, INTERPOLATIONS)
         above = _count(key, guess)
         enough = above >= k
-        y_above = _log_count(above)
+        y = _log_count(above) - wanted
+        # Illinois: of two steps on one side the other end, which did not move, is taken for half as far off.
+        y_high = tl.where(enough, tl.where(side > 0, 0.5 * y_high, y_high), y)
+        y_low = tl.where(enough, y, tl.where(side < 0, 0.5 * y_low, y_low))
+        side = tl.where(enough, 1, -1)
         low = tl.where(enough, guess, low)
         above_low = tl.where(enough, above, above_low)
-        y_low = tl.where(enough, y_above, y_low)
         high = tl.where(enough, high, guess)
         above_high = tl.where(enough, above_high, above)
-        y_high = tl.where(enough, y_high, y_above)
         step += 1
     if above_low != k:
         before, _ = _rank(_words(key == low))
         key = tl.where((key == low) & (before >= k - above_high), _DROPPED, key)
     return key, low
+
+
+@triton.jit
+def _keep(key, least, j, sink_high, own_low, own_high):
+    """The keys that reach the threshold or are forced."""
+    forced = (j < sink_high) | ((j >= own_low) & (j < own_high))
+    # Raising the forced keys leaves `keep` one comparison away wherever it is needed, with no mask to hold.
+    key = tl.where(forced & (key > _NO_KEY), 2147483647, key)
+    return key >= least
+
+
+@triton.jit
+def _write_classes(
+    table, partial_count, full_count, classes, key, least, j, sink_high, own_low, own_high, width, partial_columns,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row whose full blocks a class table names."""
+    keep = _keep(key, least, j, sink_high, own_low, own_high)
+    # One list after the other: holding both sets of ranks at once would double the registers.
+    is_full = tl.load(classes + j, mask=keep, other=0) == 2
+    rank, so_far = _rank(_words(keep & is_full))
+    n_full = tl.max(so_far, axis=0)
+    _scatter(table + partial_columns, rank, j, keep & is_full & (rank < width - partial_columns), BLOCK)
+    rank, so_far = _rank(_words(keep & (is_full == 0)))
+    partial_room = tl.where(n_full > 0, partial_columns, width)
+    _scatter(table, rank, j, keep & (is_full == 0) & (rank < partial_room), BLOCK)
+    tl.store(partial_count, tl.minimum(tl.max(so_far, axis=0), partial_room))
+    tl.store(full_count, tl.minimum(n_full, width - partial_columns))
+
+
+@triton.jit
+def _write_interval(
+    table, partial_count, full_count, key, least, j, sink_high, own_low, own_high, full_low, full_high, width,
+    partial_columns, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row whose full blocks are [full_low, full_high): a run of the kept ones, so one set of ranks serves both."""
+    keep = _keep(key, least, j, sink_high, own_low, own_high)
+    rank, so_far = _rank(_words(keep))
+    is_full = (j >= full_low) & (j < full_high)
+    n_full = tl.sum((keep & is_full).to(tl.int32))
+    n_before = tl.sum((keep & (j < full_low)).to(tl.int32))
+    n_partial = tl.max(so_far, axis=0) - n_full
+    partial_room = tl.where(n_full > 0, partial_columns, width)
+    shift = tl.where(j < full_low, 0, tl.where(j < full_high, partial_columns - n_before, -n_full))
+    column = rank + shift
+    _scatter(table, column, j, keep & (column < tl.where(is_full, width, partial_room)), BLOCK)
+    tl.store(partial_count, tl.minimum(n_partial, partial_room))
+    tl.store(full_count, tl.minimum(n_full, width - partial_columns))
+
+
+@triton.jit
+def _write_run(
+    table, partial_count, full_count, key, least, j, sink_high, own_low, full_high, n_partial, width, partial_columns,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row whose partial blocks are the last n_partial <= 32, all forced (causal rows): they need no ranks."""
+    forced = (j < sink_high) | (j >= own_low)
+    word = _words(((key >= least) | forced) & (key > _NO_KEY) & (j < full_high))
+    rank, so_far = _rank(word)
+    bit = (1 << tl.arange(0, 32)).to(tl.uint32)
+    keep = (word[:, None] & bit[None, :]) != 0
+    _scatter(table + partial_columns, rank, j, keep & (rank < width - partial_columns), BLOCK)
+    at = tl.arange(0, 32)
+    tl.store(table + at, full_high + at, mask=at < n_partial)
+    tl.store(partial_count, n_partial)
+    # The last word's count is the total: no reduction over the program for it.
+    words: tl.constexpr = BLOCK // 32
+    of_row = tl.arange(0, words)
+    tl.store(full_count + of_row * 0, tl.minimum(so_far, width - partial_columns), mask=of_row == words - 1)
 
 
 @triton.jit
@@ -163,32 +247,26 @@ def _select_row(
     least = n * 0 + _DROPPED + 1
     if k < n:
         key, least = _top_k(key, n, k, INTERPOLATIONS)
-    forced = (j < low + sink) | ((j >= tl.minimum(own_low, own_high - local)) & (j < own_high))
-    # Raising the forced keys leaves `keep` one comparison away wherever it is needed, with no mask to hold.
-    key = tl.where(forced & (key > _NO_KEY), 2147483647, key)
-    keep = key >= least
-
+    own_low = tl.minimum(own_low, own_high - local)  # from here to own_high all are forced
+    full_high = tl.minimum(tl.maximum(full_high, low), high)
+    n_partial = high - full_high
     if classes is not None:
-        # One list after the other: holding both sets of ranks at once would double the registers.
-        is_full = tl.load(classes + j, mask=keep, other=0) == 2
-        rank, n_full = _rank(_words(keep & is_full))
-        tl.store(table + partial_columns + rank, j, mask=keep & is_full & (rank < width - partial_columns))
-        rank, n_partial = _rank(_words(keep & (is_full == 0)))
-        partial_room = tl.where(n_full > 0, partial_columns, width)
-        tl.store(table + rank, j, mask=keep & (is_full == 0) & (rank < partial_room))
+        _write_classes(
+            table, partial_count, full_count, classes, key, least, j, low + sink, own_low, own_high, width,
+            partial_columns, BLOCK,
+        )  # fmt: skip
+    elif (
+        (full_low <= low) & (own_low <= full_high) & (high <= own_high) & (n_partial <= tl.minimum(partial_columns, 32))
+    ):
+        _write_run(
+            table, partial_count, full_count, key, least, j, low + sink, own_low, full_high, n_partial, width,
+            partial_columns, BLOCK,
+        )  # fmt: skip
     else:
-        # The full blocks are one run of the kept ones, so one set of ranks gives both lists.
-        rank, total = _rank(_words(keep))
-        is_full = (j >= full_low) & (j < full_high)
-        n_full = tl.sum((keep & is_full).to(tl.int32))
-        n_before = tl.sum((keep & (j < full_low)).to(tl.int32))
-        n_partial = total - n_full
-        partial_room = tl.where(n_full > 0, partial_columns, width)
-        shift = tl.where(j < full_low, 0, tl.where(j < full_high, partial_columns - n_before, -n_full))
-        column = tl.where(key >= least, rank + shift, width)
-        tl.store(table + column, j, mask=column < width)
-    tl.store(partial_count, tl.minimum(n_partial, partial_room))
-    tl.store(full_count, tl.minimum(n_full, width - partial_columns))
+        _write_interval(
+            table, partial_count, full_count, key, least, j, low + sink, own_low, own_high, full_low, full_high, width,
+            partial_columns, BLOCK,
+        )  # fmt: skip
 
 
 # Scores' strides are not specialised either: told that rows are aligned, Triton would spread four candidates a thread,
