@@ -146,14 +146,15 @@ def bind(
     lengths_known = type(q_offset) is int and all(x is None or type(x) is int for x in (kv_len, prompt_len))
     if not lengths_known or torch.compiler.is_compiling():
         return _bind(layout, Geometry.of(*key), memo=False)
-    tensors = layout.tensors()
+    reads = layout.reads()
+    tensors = [x for x in reads if isinstance(x, Tensor)]
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if tensors and (capturing or any(tensor.is_inference() for tensor in tensors)):
         # a graph reads the tensors when it is replayed; inference tensors don't tell when they change
         return _bind(layout, Geometry.of(*key), memo=False)
-    memo: dict[tuple, BoundLayout] = layout.__dict__.setdefault("_memo", {})
-    key_now = (*key, *(tensor._version for tensor in tensors))
-    bound = memo.get(key_now)
+    memo: dict[tuple, tuple[BoundLayout, tuple]] = layout.__dict__.setdefault("_memo", {})
+    key_now = (*key, *((id(x), x._version) if isinstance(x, Tensor) else x for x in reads))
+    bound, _ = memo.get(key_now, (None, ()))
     if bound is None:
         with torch.inference_mode(False), torch.no_grad():  # what is remembered also serves training
             bound = _bind(layout, Geometry.of(*key), memo=True)
@@ -161,7 +162,7 @@ def bind(
             return bound  # its memory is the graph's
         if len(memo) >= _MEMO_ENTRIES:
             memo.pop(next(iter(memo)))
-        memo[key_now] = bound
+        memo[key_now] = bound, reads  # held, so that no other tensor takes an id over
     elif capturing:
         _kept_for_graphs[id(bound)] = bound
     return bound

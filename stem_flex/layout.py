@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from stem_flex._captured import captured_tensors
+from stem_flex._captured import captured_values
 from stem_flex._check import check_int_tensor, check_positive, check_rows
 from stem_flex.binding import BoundLayout, MaskModFn, Spans, bind, from_position
 from stem_flex.documents import spans_of_ids, spans_of_lengths
@@ -81,8 +81,8 @@ class Layout:
         """[start, end) of the document of every token, where the layout has documents."""
         return None
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Tensors the layout reads: a binding is stale once one of them changes."""
+    def reads(self) -> tuple[Tensor | float, ...]:
+        """Tensors and numbers that the layout reads: a binding is stale once one of them changes."""
         return ()
 
     plain_causal = False
@@ -144,7 +144,7 @@ class Prefix(Layout):
             end = (geometry.positions + 1).clamp(min=min(length, _LONGEST))
         return Spans(torch.zeros_like(end), end)
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def reads(self) -> tuple[Tensor | float, ...]:
         return (self.length,) if isinstance(self.length, Tensor) else ()
 
 
@@ -182,7 +182,7 @@ class Padding(Layout):
         positions = geometry.positions_of(start)
         return start[:, None].expand_as(positions), end[:, None].expand_as(positions)
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def reads(self) -> tuple[Tensor | float, ...]:
         return () if self.from_host else (self.lengths,)
 
     def forbids_future(self) -> bool:
@@ -223,7 +223,7 @@ class Documents(Layout):
     def document_spans(self) -> tuple[Tensor, Tensor]:
         return self.starts, self.ends
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def reads(self) -> tuple[Tensor | float, ...]:
         return () if self.from_host else (self.starts, self.ends)
 
     def forbids_future(self) -> bool:
@@ -240,8 +240,8 @@ class MaskMod(Layout):
     Lq: int
     Lk: int
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return captured_tensors(self.f)
+    def reads(self) -> tuple[Tensor | float, ...]:
+        return captured_values(self.f)
 
     def token_mask(self, geometry: Geometry) -> MaskModFn:
         if (self.Lq, self.Lk) != (geometry.q_len, geometry.k_len):
@@ -272,8 +272,8 @@ class FromBlockMask(Layout):
     def H(self) -> int:  # noqa: N802
         return self.block_mask.kv_num_blocks.shape[1]
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return captured_tensors(self.mod)
+    def reads(self) -> tuple[Tensor | float, ...]:
+        return captured_values(self.mod)
 
     def token_mask(self, geometry: Geometry) -> MaskModFn:
         Lq, Lk = self.block_mask.seq_lengths
@@ -290,8 +290,8 @@ class And(Layout):
     def parts(self) -> tuple[Layout, ...]:
         return self.left.parts() + self.right.parts()
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.left.tensors() + self.right.tensors()
+    def reads(self) -> tuple[Tensor | float, ...]:
+        return self.left.reads() + self.right.reads()
 
 
 _CAUSAL, _FULL = Causal(), Full()  # one object each, so that every call shares its bindings

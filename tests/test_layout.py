@@ -322,6 +322,40 @@ def test_wrong_layouts_are_refused(make, error, match):
         make()
 
 
+WINDOW = torch.tensor(8)
+
+
+def in_window(b, h, i, j):
+    return i - j < WINDOW
+
+
+def test_a_mask_mod_is_read_again_once_what_it_reads_changed(monkeypatch):
+    limit = 32
+    table = torch.ones(64, dtype=torch.bool)
+
+    def mask_mod(b, h, i, j, table=table):
+        return (j < limit) & in_window(b, h, i, j) & table[j]
+
+    structure = layout.from_mask_mod(mask_mod, None, None, 64, 64)
+
+    def classes():
+        got = structure.bind(1, 1, 64, 64, block_size=(16, 16)).dense_classes()
+        tokens = reference.token_mask(structure, 1, 1, 64, 64, 0, None)
+        assert torch.equal(got, reference.block_classes(tokens, (16, 16)).expand_as(got))
+        return got
+
+    first = classes()
+    assert structure.bind(1, 1, 64, 64, block_size=(16, 16)) is structure.bind(1, 1, 64, 64, block_size=(16, 16))
+    limit = 48  # a closure's number
+    second = classes()
+    monkeypatch.setitem(globals(), "WINDOW", torch.tensor(40))  # another global tensor
+    third = classes()
+    WINDOW.fill_(20)  # the same, changed in place
+    fourth = classes()
+    table[16:32] = False  # a default argument
+    assert len({tuple(x.flatten().tolist()) for x in (first, second, third, fourth, classes())}) == 5
+
+
 @pytest.mark.gpu
 def test_bindings_are_the_same_on_the_gpu():
     for make in (
