@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,8 @@ from stem_flex.config import StemConfig
 
 if TYPE_CHECKING:
     from stem_flex.geometry import Geometry
+
+_MODS = {"mask_mod": "b, h, q_idx, kv_idx", "score_mod": "score, b, h, q_idx, kv_idx"}
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -63,6 +66,57 @@ def check_int_tensor(name: str, tensor: Tensor, dim: int) -> None:
         raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
     if tensor.dim() != dim:
         raise ValueError(f"{name} must have {dim} dimension(s), got shape {tuple(tensor.shape)}")
+
+
+def as_int_tensor(name: str, values: object, *dims: int) -> Tensor:
+    """``values`` as an int tensor of ``dims`` dimensions; raise TypeError or ValueError naming it."""
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be ints, a list or a tensor, got {values!r}") from error
+    if tensor.numel() == 0:
+        raise ValueError(f"{name} must not be empty, got {values!r}")
+    check_int_tensor(name, tensor, tensor.dim() if tensor.dim() in dims else dims[0])
+    return tensor
+
+
+def check_values(name: str, tensor: Tensor, least: int, most: int = 2**31 - 1) -> None:
+    """Raise unless all entries lie in [least, most]; of CPU tensors only, since others would have to be waited for."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.numel() == 0:
+        return
+    low, high = (int(x) for x in tensor.aminmax())
+    if low < least or high > most:
+        wrong = low if low < least else high
+        raise ValueError(f"{name} must be between {least} and {most}, got {wrong}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_mod(name: str, f: object, kind: str) -> None:
+    """Raise unless ``f`` is a function of as many arguments as a ``kind`` takes: "mask_mod" or "score_mod"."""
+    takes = _MODS[kind]
+    if not callable(f):
+        raise TypeError(f"{name} must be a {kind} ({takes}), got {type(f).__name__}")
+    if torch.compiler.is_compiling():
+        return
+    try:
+        signature = inspect.signature(f)
+    except (TypeError, ValueError):  # a builtin may not tell
+        return
+    try:
+        signature.bind(*takes.split(", "))
+    except TypeError as error:
+        raise TypeError(f"{name} must be a {kind} ({takes}), got a function of {signature}") from error
+
+
+def check_scale(scale: object) -> None:
+    """Raise unless ``scale`` is None or a number."""
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
 
 
 def check_rows(name: str, tensor: Tensor, geometry: Geometry) -> None:

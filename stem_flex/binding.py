@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from stem_flex._captured import state_of
 from stem_flex.budget import row_budget
 from stem_flex.classes import EMPTY, classify
 from stem_flex.config import StemConfig
@@ -54,6 +55,7 @@ class BoundLayout:
         seq_lengths, block_size: (query, key) tokens.
         longest_prompt: no row's PROMPT_BLOCKS is larger; None: only the device knows.
         layout, geometry: what was bound.
+        spans: the keys of each query, None where a class table or plain causality says it.
     """
 
     rows: Tensor
@@ -68,6 +70,7 @@ class BoundLayout:
     longest_prompt: int | None
     layout: Layout
     geometry: Geometry
+    spans: Spans | None = field(default=None, repr=False)
     _budgets: dict[StemConfig, Tensor] | None = field(default=None, repr=False)
 
     @property
@@ -153,7 +156,7 @@ def bind(
         # a graph reads the tensors when it is replayed; inference tensors don't tell when they change
         return _bind(layout, Geometry.of(*key), memo=False)
     memo: dict[tuple, tuple[BoundLayout, tuple]] = layout.__dict__.setdefault("_memo", {})
-    key_now = (*key, *((id(x), x._version) if isinstance(x, Tensor) else x for x in reads))
+    key_now = (*key, *state_of(reads))
     bound, _ = memo.get(key_now, (None, ()))
     if bound is None:
         with torch.inference_mode(False), torch.no_grad():  # what is remembered also serves training
@@ -194,6 +197,7 @@ def _bind(layout: Layout, geometry: Geometry, memo: bool) -> BoundLayout:
         longest_prompt=_longest_prompt(parts, geometry),
         layout=layout,
         geometry=geometry,
+        spans=None if mods or mask_mod is causal_mask else spans,
         _budgets={} if memo else None,
     )
 
@@ -370,8 +374,8 @@ def _all_of(mods: list[MaskModFn]) -> MaskModFn:
 
 def _class_table(parts, geometry: Geometry, mask_mod: MaskModFn, spans: Spans) -> Tensor:
     shaped = [part for part in parts if part.token_mask(geometry) is not None]
-    batch = max([part.B for part in shaped] + [spans.start.shape[0]])
-    heads = max(part.H for part in shaped)
+    batch = max([part.sizes()[0] for part in shaped] + [spans.start.shape[0]])
+    heads = max(part.sizes()[1] for part in shaped)
     block_size = (geometry.q_block, geometry.k_block)
     return classify(mask_mod, batch, heads, geometry.q_len, geometry.k_len, block_size, geometry.device)
 

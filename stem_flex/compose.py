@@ -7,11 +7,13 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from stem_flex._check import check_mod
 from stem_flex.binding import BoundLayout
 from stem_flex.classes import EMPTY
 from stem_flex.geometry import Geometry
-from stem_flex.layout import FromBlockMask, Layout, MaskMod, from_block_mask, from_mask_mod
+from stem_flex.layout import from_block_mask, from_mask_mod
 from stem_flex.mask import assemble
+from stem_flex.primitives import Interval, Layout
 from stem_flex.tables import block_classes, compact, table_shape
 
 
@@ -45,8 +47,10 @@ def compose(block_mask: BlockMask, other: BlockMask | Layout | Callable) -> Bloc
         _check_other(block_mask, other)
         if tuple(other.BLOCK_SIZE) == tuple(block_mask.BLOCK_SIZE):
             keep = keep & (block_classes(other) != EMPTY)
-    elif not isinstance(other, Layout) and not callable(other):
-        raise TypeError(f"other must be a BlockMask, a layout or a mask_mod, got {type(other).__name__}")
+    elif not isinstance(other, Layout):
+        if not callable(other):
+            raise TypeError(f"other must be a BlockMask, a layout or a mask_mod, got {type(other).__name__}")
+        check_mod("other", other, "mask_mod")
     bound = _bind(block_mask, other, keep)
     classes = bound.dense_classes()
     keep = keep & (classes != EMPTY)
@@ -70,8 +74,8 @@ def _bind(block_mask: BlockMask, other: BlockMask | Layout | Callable, keep: Ten
         theirs = from_mask_mod(other, keep.shape[0], keep.shape[1], q_len, k_len)
     both = ours & theirs
     return both.bind(
-        max([keep.shape[0]] + [part.B for part in both.parts() if isinstance(part, (MaskMod, FromBlockMask))]),
-        max([keep.shape[1]] + [part.H for part in both.parts() if isinstance(part, (MaskMod, FromBlockMask))]),
+        max(keep.shape[0], *(part.sizes()[0] for part in both.parts())),
+        max(keep.shape[1], *(part.sizes()[1] for part in both.parts())),
         block_mask.seq_lengths[0],
         block_mask.seq_lengths[1],
         q_offset=0 if geometry is None else geometry.q_offset,
@@ -87,23 +91,24 @@ def _geometry(mask: object) -> Geometry | None:
 
 
 def _layout_of(block_mask: BlockMask, geometry: Geometry | None) -> Layout:
-    """The mask's layout if it was bound at the same offsets and still is the mask's, else the mask's tokens."""
+    """The structure that the mask was bound to, by its layout, its intervals, or else its tokens."""
     known = getattr(block_mask, "structure", None)
     if isinstance(known, BoundLayout) and geometry is not None and block_mask.mask_mod is known.mask_mod:
-        own = known.geometry
-        if _same(own.q_offset, geometry.q_offset) and _same(own.kv_len, geometry.kv_len):
+        own = (known.geometry.q_offset, known.geometry.kv_len)
+        fixed = not known.layout.reads() and not any(isinstance(x, Tensor) for x in own)
+        if fixed and own == (geometry.q_offset, geometry.kv_len):
             return known.layout
+        if known.spans is not None:  # tensors may hold something else by now
+            return Interval(known.spans)
     return from_block_mask(block_mask)
 
 
-def _same(a: object, b: object) -> bool:
-    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
-
-
 def _most_kept(block_mask: BlockMask, bound: BoundLayout) -> int:
-    row = block_mask.kv_indices.stride(2)  # of our own masks both lists share a row; others are Kb wide
-    lists = row if hasattr(block_mask, "structure") else bound.k_blocks
-    return min(bound.k_blocks, lists)
+    if not hasattr(block_mask, "structure") or block_mask.full_kv_indices is None:
+        return bound.k_blocks
+    # of our own masks both lists share a row, the full one behind the partial one's columns
+    partial_columns = block_mask.full_kv_indices.storage_offset() - block_mask.kv_indices.storage_offset()
+    return min(bound.k_blocks, block_mask.kv_indices.stride(2) - int(partial_columns))
 
 
 def _check_other(block_mask: BlockMask, other: BlockMask) -> None:

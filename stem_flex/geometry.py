@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stem_flex._check import check_values
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -34,8 +36,13 @@ class Geometry:
             kv_len = _checked_length("kv_len", kv_len, batch, device)
             if isinstance(kv_len, int) and kv_len > k_len:
                 raise ValueError(f"kv_len must be at most the {k_len} keys of k, got {kv_len}")
+            if isinstance(kv_len, Tensor):
+                check_values("kv_len", kv_len, 0, k_len)
         if prompt_len is not None:
             prompt_len = _checked_length("prompt_len", prompt_len, batch, device)
+        # a copy: who composes with the mask later must find what it was bound to, not what a live counter became
+        q_offset = q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
+        kv_len = kv_len.clone() if isinstance(kv_len, Tensor) else kv_len
         return cls(batch, heads, q_len, k_len, q_offset, kv_len, prompt_len, q_block, k_block, device)
 
     @property
@@ -79,6 +86,8 @@ def _checked_length(name: str, value: Any, batch: int, device: torch.device) -> 
     if not isinstance(value, Tensor):
         if value < 0:
             raise ValueError(f"{name} must be 0 or more, got {value}")
+        if isinstance(value, int) and value >= 2**31:
+            raise ValueError(f"{name} must be below 2**31, got {value}")
         return value  # pyright: ignore[reportReturnType] - a SymInt stands for the int it traces
     if value.is_floating_point() or value.dtype == torch.bool:
         raise TypeError(f"{name} must hold integers, got {value.dtype}")
@@ -86,4 +95,5 @@ def _checked_length(name: str, value: Any, batch: int, device: torch.device) -> 
         raise ValueError(f"{name} must be an int or of shape ({batch},), got shape {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{name} must be on q's device {device}, got {value.device}; move it with .to()")
+    check_values(name, value, 0)
     return value

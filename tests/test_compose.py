@@ -32,7 +32,7 @@ def masks(draw, **options):
     q, k, v = draw(testing.qkv(past=(0, 40), groups=(1, 2), **options))
     config = draw(testing.stem_configs())
     offset = draw(st.integers(0, k.shape[2] - q.shape[2]))
-    structure = draw(testing.layouts(q, k, q_offset=offset, max_parts=2))
+    structure = draw(testing.layouts(q, k, max_parts=2))
     mask = stem_block_mask(q, k, v, config, layout=structure, q_offset=offset)
     return mask, q, k, offset
 
@@ -40,7 +40,7 @@ def masks(draw, **options):
 @given(st.data())
 def test_with_a_layout(data):
     mask, q, k, offset = data.draw(masks())
-    other = data.draw(testing.layouts(q, k, q_offset=offset, max_parts=2))
+    other = data.draw(testing.layouts(q, k, max_parts=2))
     check(mask, other, reference.token_mask(other, *q.shape[:3], k.shape[2], offset))
 
 
@@ -65,7 +65,7 @@ def test_with_torchs_block_mask_of_any_block_size(data):
 @given(st.data())
 def test_with_another_stem_mask(data):
     mask, q, k, offset = data.draw(masks())
-    structure = data.draw(testing.layouts(q, k, q_offset=offset, max_parts=2))
+    structure = data.draw(testing.layouts(q, k, max_parts=2))
     other = stem_block_mask(q.flip(2), k, k, data.draw(testing.stem_configs()), layout=structure, q_offset=offset)
     check(mask, other, testing.block_mask_to_dense(other))
 
@@ -151,3 +151,48 @@ def test_wrong_arguments_are_refused(make_qkv):
     )
     with pytest.raises(ValueError, match="other must be on block_mask's device cpu, got meta"):
         compose(mask, elsewhere)
+
+
+def dense_of(mask):
+    return testing.block_mask_to_dense(mask)
+
+
+@pytest.mark.parametrize("what", ["q_offset", "kv_len", "padding", "prefix"])
+def test_a_mask_stays_what_it_was_when_its_tensors_move(make_qkv, what):
+    q, k, v = make_qkv(B=1, Hq=1, Hkv=1, Lq=64, Lk=96)
+    value = torch.tensor([32])
+    options = {what: value} if what in ("q_offset", "kv_len") else {"layout": getattr(layout, what)(value)}
+    mask = stem_block_mask(q, k, v, SMALL, **options)
+    before = dense_of(mask)
+    value.fill_(5)
+    assert torch.equal(dense_of(compose(mask, layout.full())), before)
+    window = layout.sliding_window(20)
+    offset = 32 if what == "q_offset" else 0
+    expected = before & reference.token_mask(window, 1, 1, 64, 96, offset)
+    assert torch.equal(dense_of(compose(mask, window)), expected)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        layout.padding([30, 20]),
+        layout.prefix(torch.tensor([9, 40])),
+        layout.documents(ids=torch.arange(128).view(2, 64) // 20),
+    ],
+    ids=["padding", "prefix", "documents"],
+)
+def test_a_mask_of_one_row_takes_a_layout_of_several(other):
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+    both = compose(mask, other)
+    assert both.kv_num_blocks.shape[0] == 2
+    tokens = reference.token_mask(other & layout.causal(), 2, 1, 64, 64, 0)
+    assert torch.equal(dense_of(both), tokens)
+
+
+def test_tables_do_not_grow_with_every_composition(make_qkv):
+    mask = stem_block_mask(*make_qkv(B=1, Hq=1, Hkv=1, Lq=1024), SMALL)
+    widths = []
+    for _ in range(4):
+        mask = compose(mask, layout.from_mask_mod(lambda b, h, i, j: i - j < 500, 1, 1, 1024, 1024))
+        widths.append(mask.kv_indices.stride(2))
+    assert len(set(widths)) == 1

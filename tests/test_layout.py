@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_block_mask, create_mask
+from torch.nn.attention.flex_attention import and_masks, create_block_mask, create_mask
 
 from stem_flex import layout, reference, testing
 from stem_flex.mask import layout_block_mask
@@ -315,6 +317,22 @@ def bound_causal(**options):
             "kv_len must be on q's device cpu, got meta",
         ),
         (lambda: bound_causal(prompt_len=-5), ValueError, "prompt_len must be 0 or more, got -5"),
+        (lambda: bound_causal(prompt_len=2**40), ValueError, r"prompt_len must be below 2\*\*31"),
+        (lambda: bound_causal(q_offset=torch.tensor([3, -1])), ValueError, "q_offset must be between 0 and .* got -1"),
+        (lambda: bound_causal(q_offset=torch.tensor([2**32, 0])), ValueError, "q_offset must be between 0 and"),
+        (lambda: bound_causal(kv_len=torch.tensor([64, 65])), ValueError, "kv_len must be between 0 and 64, got 65"),
+        (lambda: layout.prefix(torch.tensor([-1])), ValueError, "prefix length must be between 0 and .* got -1"),
+        (lambda: layout.padding(None), TypeError, "padding lengths must be ints, a list or a tensor, got None"),
+        (lambda: layout.padding([]), ValueError, r"padding lengths must not be empty, got \[\]"),
+        (lambda: layout.documents("abc"), TypeError, "cu_seqlens must be ints, a list or a tensor, got 'abc'"),
+        (lambda: layout.documents([0, 4], causal="no"), TypeError, "causal must be True or False, got 'no'"),
+        (lambda: layout.from_mask_mod(max, 0, 1, 4, 4), ValueError, "B must be at least 1, got 0"),
+        (lambda: layout.from_mask_mod(max, 1, "4", 4, 4), TypeError, "H must be an int, got '4'"),
+        (
+            lambda: layout.from_mask_mod(lambda q, kv: q >= kv, 1, 1, 4, 4),
+            TypeError,
+            r"f must be a mask_mod .* \(q, kv\)",
+        ),
     ],
 )
 def test_wrong_layouts_are_refused(make, error, match):
@@ -354,6 +372,41 @@ def test_a_mask_mod_is_read_again_once_what_it_reads_changed(monkeypatch):
     fourth = classes()
     table[16:32] = False  # a default argument
     assert len({tuple(x.flatten().tolist()) for x in (first, second, third, fourth, classes())}) == 5
+
+
+class Table:
+    def __init__(self, ids):
+        self.ids = ids
+
+    def __call__(self, b, h, i, j):
+        return self.ids[i] == self.ids[j]
+
+
+def same(ids, b, h, i, j):
+    return ids[i] == ids[j]
+
+
+HOLDERS = {
+    "and_masks": lambda ids: and_masks(lambda b, h, i, j: i >= j, lambda b, h, i, j: ids[i] == ids[j]),
+    "partial": lambda ids: functools.partial(same, ids),
+    "object": Table,
+    "object in a closure": lambda ids: (lambda table: lambda b, h, i, j: table(b, h, i, j))(Table(ids)),
+    "dict": lambda ids: (lambda held: lambda b, h, i, j: held["ids"][i] == held["ids"][j])({"ids": ids}),
+    "list": lambda ids: (lambda held: lambda b, h, i, j: held[0][i] == held[0][j])([ids]),
+    "keyword default": lambda ids: lambda b, h, i, j, *, t=ids: t[i] == t[j],
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_tensor_is_found_wherever_a_mask_mod_holds_it(holder):
+    ids = torch.arange(64) // 16
+    structure = layout.from_mask_mod(HOLDERS[holder](ids), None, None, 64, 64)
+    before = structure.bind(1, 1, 64, 64, block_size=(16, 16)).dense_classes()
+    ids.fill_(0)
+    after = structure.bind(1, 1, 64, 64, block_size=(16, 16)).dense_classes()
+    tokens = reference.token_mask(structure, 1, 1, 64, 64, 0, None)
+    assert torch.equal(after, reference.block_classes(tokens, (16, 16)).expand_as(after))
+    assert not torch.equal(before, after)
 
 
 @pytest.mark.gpu
