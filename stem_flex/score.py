@@ -39,7 +39,8 @@ def oam_scores(
 
     Magnitude of key block J (``config.metric``): ``"zscore"``: the mean over its groups of ``stride`` keys of
     relu(z), z the normalised ln of the group's largest value norm, over the complete groups of that batch row
-    and head; ``"log"``: max(0, ln of the block's largest value norm), the paper's Eq. 7.
+    and head; ``"log"``: max(0, ln of the block's largest value norm), the paper's Eq. 7. A
+    NaN norm counts as 0.
 
     Args:
         q: (B, Hq, Lq, D), float16, bfloat16, float32 or float64 (PyTorch only), any strides with a unit last one.
@@ -135,6 +136,7 @@ def torch_scores(
 def value_magnitude(v: Tensor, bound: BoundLayout, config: StemConfig) -> Tensor:
     """Magnitude of every key block, (B, Hkv, Kb), float32 or float64."""
     norms = _real(v, bound.key_start, bound.key_end).norm(dim=-1)
+    norms = torch.where(norms.isnan(), 0.0, norms)
     blocks = bound.k_blocks
     norms = torch.nn.functional.pad(norms, (0, blocks * config.key_block - norms.shape[-1]))
     if config.metric == "log":

@@ -8,6 +8,7 @@ views of equal strides, as flex_attention's kernels take for granted, and of log
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,14 +103,19 @@ def compact(keep: Tensor, classes: Tensor, width: int, partial_columns: int) -> 
     buffer = torch.zeros(rows * width + tail, dtype=torch.int32, device=keep.device)
     counts = torch.empty(2, batch, heads, q_blocks, dtype=torch.int32, device=keep.device)
     table = buffer[: rows * width].view(batch, heads, q_blocks, width)
-    at_once = max(1, _PAIRS_AT_ONCE // (batch * heads * k_blocks))
-    for first in range(0, q_blocks, at_once):
-        chunk = slice(first, first + at_once)
+    for chunk in _chunks(q_blocks, batch * heads * k_blocks):
         kept, kinds = keep[:, :, chunk], classes[:, :, chunk]
         chosen = torch.stack([kept & (kinds == PARTIAL), kept & (kinds == FULL)])
         counts[:, :, :, chunk] = chosen.sum(-1)
         table[:, :, chunk] = _rows(chosen, width, partial_columns)
     return BlockTables(buffer, counts, width, partial_columns, k_blocks)
+
+
+def _chunks(rows: int, pairs_of_row: int) -> Sequence[slice]:
+    if torch.compiler.is_compiling():
+        return (slice(None),)  # a loop over a number of chunks would tie the graph to this length
+    at_once = max(1, _PAIRS_AT_ONCE // pairs_of_row)
+    return [slice(first, first + at_once) for first in range(0, rows, at_once)]
 
 
 def _rows(chosen: Tensor, width: int, partial_columns: int) -> Tensor:

@@ -247,6 +247,18 @@ def test_16_bit_scores(device, dtype):
 
 
 @devices
+@pytest.mark.parametrize("metric", ["zscore", "log"])
+def test_nan_values_have_no_magnitude(device, metric):
+    q, k, v = inputs(1, 2, 1, 300, 300, 32, 32, torch.float32)
+    options = {"block_q": 128, "block_k": 128, "stride": 8, "metric": metric, "value_weight": 0.5}
+    zeroed = v.clone()
+    zeroed[:, :, 70] = 0.0
+    v[:, :, 70, 3] = math.nan
+    q, k, v, zeroed, rows = on(device, q, k, v, zeroed, causal_rows(300, 300, 128, 128))
+    assert torch.equal(stem_scores(q, k, v, rows, **options), stem_scores(q, k, zeroed, rows, **options))
+
+
+@devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("metric", ["zscore", "log"])
 def test_pool_honours_valid_ranges(device, dtype, metric):

@@ -32,7 +32,7 @@ def calls(draw, **options):
     past = draw(st.sampled_from([(0, 0), (0, 60)]))
     q, k, v = draw(testing.qkv(past=past, head_dims=(16,), dtypes=dtypes, ties=exact, q_len=(1, 120), **options))
     offset = draw(st.integers(0, k.shape[2] - q.shape[2]))
-    structure = draw(testing.layouts(q, k, q_offset=offset))
+    structure = draw(testing.layouts(q, k))
     kv_len = draw(st.none() | st.integers(1, k.shape[2]))
     documents = any(isinstance(part, layout.Documents) for part in structure.parts())
     prompt_len = None if documents else draw(st.none() | st.integers(1, 400))
@@ -267,6 +267,23 @@ def test_one_graph_traces_it_whole(make_qkv):
     assert torch.equal(full, mask.full_kv_num_blocks)
 
 
+def test_one_traced_graph_serves_all_lengths(make_qkv):
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=count)
+    def tables(q, k, v):
+        return stem_block_mask(q, k, v, StemConfig(**SMALL)).kv_num_blocks
+
+    for tokens in (100, 90, 51, 200, 300):
+        q, k, v = make_qkv(Lq=tokens)
+        assert torch.equal(tables(q, k, v), stem_block_mask(q, k, v, StemConfig(**SMALL)).kv_num_blocks)
+    assert len(graphs) <= 2
+
+
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
@@ -297,7 +314,7 @@ def test_triton_keeps_what_the_reference_keeps(data):
     config = StemConfig(**{**vars(config), "value_weight": 0.0})  # small integers then score exactly, ties and all
     q, k, v = data.draw(testing.qkv(past=(0, 60), head_dims=(16,), ties=True, device="cuda"))
     offset = data.draw(st.integers(0, k.shape[2] - q.shape[2]))
-    structure = data.draw(testing.layouts(q, k, q_offset=offset))
+    structure = data.draw(testing.layouts(q, k))
     kv_len = data.draw(st.none() | st.integers(1, k.shape[2]))
     keywords = {"layout": structure, "q_offset": offset, "kv_len": kv_len}
     mask = stem_block_mask(q, k, v, config, **keywords, impl="triton")

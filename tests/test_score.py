@@ -234,3 +234,15 @@ def test_triton_scores_are_the_reference_scores(make_qkv, metric, stride, dtype)
     # 16-bit inputs keep their phase means in 16 bits: half a unit in the last place of bfloat16 on each side
     bound = 1e-5 if dtype == torch.float32 else 2 * 2**-9
     assert relative_error(got, reference.oam_scores(q, k, v, config)) <= bound
+
+
+@pytest.mark.parametrize("metric", ["zscore", "log"])
+def test_nan_values_have_no_magnitude(make_qkv, metric):
+    q, k, v = make_qkv(B=1, Hq=2, Hkv=1, Lq=200)
+    config = StemConfig(block_size=16, stride=4, metric=metric)
+    zeroed = v.clone()
+    zeroed[:, :, 70] = 0.0
+    v[:, :, 70, 3] = math.nan
+    got = oam_scores(q, k, v, config)
+    assert torch.equal(got, oam_scores(q, k, zeroed, config))
+    assert relative_error(got, reference.oam_scores(q, k, v, config)) <= 1e-5

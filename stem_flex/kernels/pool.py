@@ -174,6 +174,7 @@ def _value_groups(
         tile = tl.load(x + token.to(tl.int64)[:, None] * stride_t + d[None, :], mask=mask, other=0.0)
         tile = tile.to(tl.float32)
         square += tl.sum(tile * tile, axis=1)
+    square = tl.where(square == square, square, 0.0)  # NaN values have no magnitude
     largest = tl.max(tl.reshape(square, (N, S)), axis=1)
     if ZSCORE:
         log = tl.log(tl.sqrt(largest) + 1e-6)

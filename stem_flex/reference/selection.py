@@ -136,7 +136,7 @@ def _routing(q: Tensor, k: Tensor, stride: int, BQ: int, BK: int) -> Tensor:
 def value_magnitude(v: Tensor, valid: tuple[int, int], config: StemConfig) -> Tensor:
     """Magnitude (Kb,) of the values of every key block, for one head's v (Lk, Dv); ``valid`` keys only."""
     BK, s = pair(config.block_size)[1], config.stride
-    norms = v.norm(dim=-1).tolist()
+    norms = [0.0 if math.isnan(norm) else norm for norm in v.norm(dim=-1).tolist()]
     Kb = blocks(len(norms), BK)
 
     def valid_norms(start: int, size: int) -> list[float]:
