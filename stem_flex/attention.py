@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from stem_flex._captured import code_of
-from stem_flex._check import check_config, check_qkv
+from stem_flex._check import check_config, check_mod, check_qkv, check_scale
 from stem_flex._compiled import compiled
 from stem_flex.backend import Decision, choose, kernel_options
 from stem_flex.config import StemConfig
@@ -41,7 +41,8 @@ def stem_attention(
     """Attention over the key blocks that Stem keeps: ``softmax(q k^T scale) v``, block-sparse and compiled.
 
     Args:
-        q, k, v, config, layout, q_offset, prompt_len, kv_len, budget: see :func:`stem_flex.stem_block_mask`.
+        q, k, v, config, layout, q_offset, prompt_len, kv_len, budget: see :func:`stem_flex.stem_block_mask`. Values
+            past ``kv_len`` or in padding must be finite: flex_attention multiplies them by zero.
         scale: of the logits, None is 1 / sqrt(D). The choice of blocks does not depend on it.
         score_mod: flex_attention's, applied to kept pairs.
         backend: "triton" and "flash" (flash-attn-4) on CUDA, "cpu" on the CPU: an explicit one runs the sparse
@@ -63,6 +64,7 @@ def stem_attention(
     """
     config = check_config(config)
     check_qkv(q, k, v)
+    _check_options(scale, score_mod, options)
     decision = explain(
         q,
         k,
@@ -176,6 +178,7 @@ def sparse_prefill(
     """
     check_qkv(q, k, v)
     _check_mask(q, k, block_mask)
+    _check_options(scale, score_mod, options)
     needs_grad = _needs_grad(q, k, v)
     block_size = (block_mask.BLOCK_SIZE[0], block_mask.BLOCK_SIZE[1])
     name = choose(
@@ -252,6 +255,16 @@ def _check_mask(q: Tensor, k: Tensor, block_mask: BlockMask) -> None:
             raise ValueError(f"block_mask must have {name}=1 or q's {size}, got {have}")
     if block_mask.kv_num_blocks.device != q.device:
         raise ValueError(f"block_mask must be on q's device {q.device}, got {block_mask.kv_num_blocks.device}")
+
+
+def _check_options(scale: object, score_mod: object, options: object) -> None:
+    check_scale(scale)
+    if score_mod is not None:
+        check_mod("score_mod", score_mod, "score_mod")
+    if options is not None and not isinstance(options, dict):
+        raise TypeError(
+            f"options must be a dict of flex_attention kernel options or None, got {type(options).__name__}"
+        )
 
 
 def _needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:

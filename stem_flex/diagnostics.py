@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from stem_flex._check import check_qkv
 from stem_flex.inspection import MaskReader, check_block_mask
 from stem_flex.pictures import plot_block_mask, plot_heads
 
@@ -68,6 +69,7 @@ def recall(q: Tensor, k: Tensor, block_mask: BlockMask, *, scale: float | None =
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came.
     """
+    check_block_mask(block_mask)
     total = None
     for part in _streamed(q, k, block_mask, scale):
         if total is None:
@@ -106,8 +108,7 @@ def output_error(
     """
     if not isinstance(sparse, (BlockMask, Tensor)):
         raise TypeError(f"sparse must be a BlockMask or an output tensor, got {type(sparse).__name__}")
-    if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v must have k's batch, heads and length {tuple(k.shape[:3])}, got {tuple(v.shape)}")
+    check_qkv(q, k, v)
     expected = (*q.shape[:3], v.shape[-1])
     if isinstance(sparse, Tensor) and tuple(sparse.shape) != expected:
         raise ValueError(f"sparse must be an output of shape {expected}, got {tuple(sparse.shape)}")

@@ -155,6 +155,11 @@ def test_block_masks_that_do_not_fit_are_refused(make_qkv, mask, error, match):
         ({"q_offset": -1}, ValueError, "q_offset must be 0 or more, got -1"),
         ({"budget": 0}, ValueError, "budget must be at least 1 block, got 0"),
         ({"layout": 3}, (TypeError, ValueError), "layout must come from"),
+        ({"scale": "a"}, TypeError, "scale must be a number or None, got str"),
+        ({"scale": torch.tensor(0.3)}, TypeError, "scale must be a number or None, got Tensor"),
+        ({"score_mod": 3}, TypeError, "score_mod must be a score_mod .* got int"),
+        ({"score_mod": lambda s: s}, TypeError, r"score_mod must be a score_mod .* got a function of \(s\)"),
+        ({"options": 3}, TypeError, "options must be a dict .* got int"),
     ],
 )
 def test_wrong_options_are_refused(make_qkv, options, error, match):

@@ -162,7 +162,7 @@ def test_chunk_behind_a_prefix():
         (lambda q, k, v, m: recall(q[:1, :2], k[:1], m), "block_mask must have 1 or"),
         (lambda q, k, v, m: output_error(q, k, v, None), "sparse must be a BlockMask or an output tensor"),
         (lambda q, k, v, m: output_error(q, k, v, q[..., :3]), "sparse must be an output of shape"),
-        (lambda q, k, v, m: output_error(q, k, v[:, :1], m), "v must have k's batch"),
+        (lambda q, k, v, m: output_error(q, k, v[:, :1], m), "v must have k's shape"),
         (lambda q, k, v, m: plot_heads(v, "x.png", title=""), "values must be"),
     ],
 )

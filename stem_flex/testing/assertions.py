@@ -102,7 +102,13 @@ def _row_classes(m: BlockMask) -> Iterator[tuple[int, Tensor]]:
         def shifted(b: Tensor, h: Tensor, q: Tensor, kv: Tensor, start: int = row * q_block) -> Tensor:
             return m.mask_mod(b, h, q + start, kv)
 
-        mask = create_mask(shifted, B, H, q_block, Kb * k_block, device=m.kv_indices.device).cpu().clone()
+        try:
+            mask = create_mask(shifted, B, H, q_block, Kb * k_block, device=m.kv_indices.device).cpu().clone()
+        except IndexError as error:
+            raise AssertionError(
+                f"the mask_mod must take indices up to whole blocks ({Kb * k_block} keys), as flex_attention asks: "
+                f"{error}"
+            ) from error
         mask[:, :, max(Lq - row * q_block, 0) :] = False
         mask[..., Lk:] = False
         counts = mask.view(B, H, q_block, Kb, k_block).sum(dim=(2, 4))

@@ -199,7 +199,6 @@ def layouts(
     q: Tensor | None = None,
     k: Tensor | None = None,
     *,
-    q_offset: int = 0,
     max_parts: int = 3,
     mask_mod: bool = True,
     causal_only: bool = False,
@@ -211,7 +210,6 @@ def layouts(
 
     Args:
         q: (B, Hq, Lq, D). k: (B, Hkv, Lk, D). Only their shapes and device are used.
-        q_offset: keys before the first query.
         mask_mod: False leaves out from_mask_mod and from_block_mask, whose class tables cost B H Lq Lk.
         causal_only: every layout drawn is causal.
     """
