@@ -16,8 +16,12 @@ EMPTY = "No results are committed yet: run `python -m bench.mask` and `python -m
 
 def figures(results: Path = RESULTS) -> str:
     """The section's text for the results that exist."""
-    parts = [table(json.loads(path.read_text())) for name, table in (("prefill", prefill), ("mask", mask))
-             if (path := results / f"{name}.json").exists()]  # fmt: skip
+    tables = {"prefill": prefill, "mask": mask, "accuracy": accuracy}
+    parts = [
+        table(json.loads(path.read_text()))
+        for name, table in tables.items()
+        if (path := results / f"{name}.json").exists()
+    ]
     return "\n".join(parts) or EMPTY
 
 
@@ -78,6 +82,37 @@ def mask(result: dict[str, Any]) -> str:
                "peak extra memory"]  # fmt: skip
     text = _heading(result, "Building the mask, median ms:")
     return text + _table(columns, rows) + "\n![mask](bench/results/mask.png)\n"
+
+
+def accuracy(result: dict[str, Any]) -> str:
+    """Answers found by selector, density and protocol, with intervals, and the loss added on text."""
+    where, cells = result["environment"], result["main"]
+    sparse = sorted({cell["density"] for cell in cells if cell["density"] < 1})
+    by_name: dict[str, dict[float, dict[str, Any]]] = {}
+    for cell in cells:
+        by_name.setdefault(cell["selector"], {})[cell["density"]] = cell
+
+    def share(cell: dict[str, Any] | None, protocol: str) -> str:
+        if cell is None:
+            return "-"
+        found = cell[protocol]
+        return f"{found['share']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+    rows = []
+    for name, found in by_name.items():
+        kept = [found.get(density, found.get(1.0)) for density in sparse]
+        text = [f"+{cell['extra_loss']:.3f}" if cell and cell["density"] < 1 else "0" for cell in kept]
+        rows.append([name, *(share(cell, "prompt") for cell in kept), *(share(cell, "all") for cell in kept), *text])
+    heads = [f"{what}, {density:.0%}" for what in ("prompt", "all", "text") for density in sparse]
+    counts = sorted({cell["prompt"]["samples"] for cell in cells})
+    asked = " to ".join(str(count) for count in sorted({counts[0], counts[-1]}))
+    return (
+        f"Answers that the shipped 15 M model finds in {short(where['length'])}-token prompts, by density: "
+        f"`{where['command']}` on {where['gpu'] or 'a CPU'}, torch {where['torch']}, commit {where['commit']}; "
+        f'{asked} prompts a cell, 95 % Wilson intervals. "prompt": the prompt\'s rows are sparse, the answer is '
+        f'decoded densely; "all": every row is sparse; "text": nats a token added on unseen text.\n\n'
+        + _table(["selector", *heads], rows)
+    )
 
 
 def written(readme: str, text: str) -> str:

@@ -65,3 +65,10 @@ def test_figures_of_results(tmp_path):
            "stem": {"ms": timing, "peak_mib": 31.2}}  # fmt: skip
     (tmp_path / "mask.json").write_text(json.dumps(head | {"rows": [row]}))
     assert "| 8K | 2 | 3 | 2 | - | 1.50x | 31 MiB |" in figures(tmp_path)
+    found = {"share": 0.5, "low": 0.2, "high": 0.8, "samples": 12}
+    cell = {"prompt": found, "all": found | {"share": 0.25}, "extra_loss": 0.057}
+    cells = [cell | {"selector": "dense", "density": 1.0}, cell | {"selector": "stem", "density": 0.25}]
+    where = head["environment"] | {"length": 8192}
+    (tmp_path / "accuracy.json").write_text(json.dumps({"environment": where, "main": cells}))
+    assert "| stem | 0.50 [0.20, 0.80] | 0.25 [0.20, 0.80] | +0.057 |" in figures(tmp_path)
+    assert "8K-token prompts" in figures(tmp_path)
