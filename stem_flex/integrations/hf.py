@@ -14,12 +14,16 @@ Budgets follow the whole prompt's length. ``generate`` of a model that :func:`ap
 ``prefill_chunk_size``; around forwards of your own say it with :func:`prompt_length`. Where it is not known, the
 tokens seen so far (cache and chunk) count as the prompt, so that an early chunk gets the budget of a prompt that
 ends with it.
+
+Models that bring attention of their own instead of transformers' interface (bloom, falcon, gptj) are not served.
+The name alone is refused at the first forward where such a model asks for a mask, and fails or is ignored where it
+does not; use :func:`apply`, which refuses all of them.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
-import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,12 +34,14 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from stem_flex.config import StemConfig
 from stem_flex.integrations.hf_attention import MODE, stem_attention_forward
+from stem_flex.integrations.hf_interface import no_interface
 from stem_flex.integrations.hf_masks import prompt_tokens, stem_mask
 from stem_flex.integrations.hf_settings import (
     DEFAULT_DENSE_LAYERS,
     DEFAULT_MIN_TOKENS,
     FALLBACKS,
     Settings,
+    layer_numbers,
     refuse_own_selection,
 )
 from stem_flex.integrations.hf_trace import Call, Trace, trace
@@ -88,12 +94,15 @@ def apply(
     Returns:
         The same model. The settings are kept as JSON on its text config (``config.stem_flex``), which
         ``save_pretrained`` saves, and on the attention modules (attribute ``stem_flex_mode``, "stem" or
-        "dense", which may be changed).
+        "dense", which may be changed). Applied again, the new settings take the place of the old ones.
 
     Raises:
-        TypeError: ``model`` is not a transformers model, or one of its classes has no attention interface.
+        TypeError: ``model`` is not a transformers model, or one of its classes has no attention interface, or an
+            option of another type.
         NotImplementedError: the model selects its own keys.
         ValueError: a layer that the model does not have, or a name that is not registered.
+
+    An error leaves the model as it was.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
@@ -101,28 +110,32 @@ def apply(
         raise ValueError(f"name must be registered, got {name!r}; call stem_flex.integrations.hf.register({name!r})")
     text = model.config.get_text_config(decoder=True)
     refuse_own_selection(text)
-    if _STATE in model.__dict__:
-        remove(model)
     owner = _owner(model, text)
-    before = text._attn_implementation
+    state = model.__dict__.get(_STATE)
+    if state is None:
+        state = {"implementation": text._attn_implementation, "settings": getattr(text, "stem_flex", None)}
+    before = state["implementation"]
     layers = _attention_layers(owner, text)
     dense = _dense(dense_layers, [module.layer_idx for module in layers])
     settings = Settings(
-        config=config or StemConfig(),
+        config=StemConfig() if config is None else config,
         dense_layers=dense,
         min_tokens=min_tokens,
         fallback=before if before in FALLBACKS else "sdpa",
     )
-    state = {"implementation": before, "settings": getattr(text, "stem_flex", None)}
     owner.set_attn_implementation({"": name})
     if text._attn_implementation != name:
-        raise RuntimeError(f"{type(owner).__name__} kept attention {before!r}; transformers refused {name!r}")
+        raise RuntimeError(
+            f"{type(owner).__name__} kept attention {text._attn_implementation!r}; transformers refused {name!r}"
+        )
     model.__dict__[_STATE] = state
     text.stem_flex = settings.to_json()
     for module in layers:
         setattr(module, MODE, "dense" if module.layer_idx in dense else "stem")
-    if hasattr(model, "generate"):
-        model.__dict__["generate"] = types.MethodType(_generate, model)
+    if hasattr(model, "generate") and not _is_ours(model.__dict__.get("generate")):
+        state["generate"] = model.__dict__.get("generate")
+        # A partial, unlike a bound method, is pickled with what it calls.
+        model.__dict__["generate"] = functools.partial(_generate, model, state["generate"])
     return model
 
 
@@ -139,13 +152,16 @@ def remove(model: PreTrainedModel) -> PreTrainedModel:
     owner = _owner(model, text)
     owner.set_attn_implementation({"": state["implementation"]})
     if state["settings"] is None:
-        del text.stem_flex
+        text.__dict__.pop("stem_flex", None)
     else:
         text.stem_flex = state["settings"]
     for module in _attention_layers(owner, text):
         if MODE in module.__dict__:
             delattr(module, MODE)
-    model.__dict__.pop("generate", None)
+    if _is_ours(model.__dict__.get("generate")):  # else someone has put another in its place, which stays
+        del model.__dict__["generate"]
+        if state["generate"] is not None:
+            model.__dict__["generate"] = state["generate"]
     return model
 
 
@@ -168,34 +184,36 @@ def prompt_length(tokens: int) -> Iterator[None]:
         prompt_tokens.reset(token)
 
 
-def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """``generate`` of the model's class, which lets the masks know how long the prompt is."""
-    inputs = args[0] if args else kwargs.get("inputs")
-    candidates: list[Any] = [kwargs.get("inputs_embeds"), kwargs.get("input_ids"), inputs]
+def _generate(model: Any, own: Callable | None, /, *args: Any, **kwargs: Any) -> Any:
+    """``generate`` of the model, or of its class, which lets the masks know how long the prompt is."""
+    call = functools.partial(type(model).generate, model) if own is None else own
+    if getattr(model.config, "is_encoder_decoder", False):  # only the decoder's prompt has budgets
+        candidates: list[Any] = [kwargs.get("decoder_inputs_embeds"), kwargs.get("decoder_input_ids")]
+    else:
+        inputs = args[0] if args else kwargs.get("inputs")
+        candidates = [kwargs.get("inputs_embeds"), kwargs.get("input_ids"), inputs]
     for given in candidates:
         if isinstance(given, Tensor) and given.dim() >= 2 and given.shape[1] > 0:
             with prompt_length(given.shape[1]):
-                return type(self).generate(self, *args, **kwargs)
-    return type(self).generate(self, *args, **kwargs)
+                return call(*args, **kwargs)
+    return call(*args, **kwargs)
 
 
-_generate.__name__ = "generate"  # a bound method is pickled by its name
+def _is_ours(generate: Any) -> bool:
+    return isinstance(generate, functools.partial) and generate.func is _generate
 
 
 def _owner(model: PreTrainedModel, text: Any) -> PreTrainedModel:
     """The outermost model that has the text config as its own."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.config is text:
-            if not _has_interface(type(module), module):
-                raise TypeError(
-                    f"{type(module).__name__} does not use transformers' attention interface, so its attention "
-                    "cannot be replaced; stem_flex serves models that do, and stem_flex.stem_attention any tensors"
-                )
+            if not _has_interface(module):
+                raise TypeError(no_interface(type(module).__name__))
             return module
     raise TypeError(f"{type(model).__name__} holds no model for its text config, so nothing can be switched")
 
 
-def _has_interface(_: type, model: PreTrainedModel) -> bool:
+def _has_interface(model: PreTrainedModel) -> bool:
     return all(
         module._can_set_attn_implementation() for module in model.modules() if isinstance(module, PreTrainedModel)
     )
@@ -215,7 +233,7 @@ def _dense(dense_layers: Iterable[int] | Callable[[int], bool], layers: list[int
     known = sorted(set(layers))
     if callable(dense_layers):
         return tuple(layer for layer in known if dense_layers(layer))
-    wanted = list(dense_layers)
+    wanted = layer_numbers(dense_layers)
     count = max(known, default=-1) + 1
     chosen = [layer + count if layer < 0 else layer for layer in wanted]
     if wanted != list(DEFAULT_DENSE_LAYERS) and any(layer < 0 or layer >= count for layer in chosen):

@@ -15,7 +15,7 @@ from stem_flex.backend import flash_refusal
 from stem_flex.dense import dense_causal
 from stem_flex.integrations.hf_fallback import fallback_attention
 from stem_flex.integrations.hf_masks import StemMask
-from stem_flex.integrations.hf_settings import is_prefill, raw_settings
+from stem_flex.integrations.hf_settings import is_prefill, raw_settings, read_settings
 from stem_flex.integrations.hf_trace import record
 from stem_flex.mask import stem_block_mask
 from stem_flex.tables import block_classes
@@ -99,6 +99,7 @@ def _prefill(
     mask = mask.to(query.device)
     q, k, v = query.detach(), key.detach()[:, :, : mask.used_keys], value.detach()[:, :, : mask.used_keys]
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    sinks = None if sinks is None else sinks.detach()
     stem = mask.kind in ("causal", "packed") and _mode(module, mask) == "stem"
     kernel = _dense_kernel(q, k, v, mask, stem) if softcap is None and sinks is None else None
     if kernel is not None:
@@ -108,8 +109,9 @@ def _prefill(
         record(module, "stem" if stem else "exact", q, k)
         block_mask = _selected(q, k, v, mask) if stem else _exact(mask)
         out = _attend(q, k, v, block_mask, scaling, softcap, sinks)
-    if torch.is_grad_enabled() and query.requires_grad:
-        out = _NoBackward.apply(out, query)
+    inputs = [x for x in (query, key, value, kwargs.get("s_aux")) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        out = _NoBackward.apply(out, *inputs)
     return out.transpose(1, 2).contiguous()
 
 
@@ -222,7 +224,7 @@ class _NoBackward(torch.autograd.Function):
     """Identity whose gradient is an error: a prefill for inference must not train a model silently."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+    def forward(ctx: Any, out: Tensor, *inputs: Tensor) -> Tensor:
         return out.view_as(out)
 
     @staticmethod
@@ -240,15 +242,19 @@ def _warn_dense_prefill(module, query: Tensor, key: Tensor, mask: Tensor | None,
     """A ready-made mask tensor cannot be read as block lists: say once that this prefill is dense."""
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    settings = raw_settings(getattr(module, "config", None))
-    if not is_causal or not is_prefill(settings, query.shape[2], key.shape[2]):
+    if not is_causal or query.shape[2] == 1:
+        return
+    config = getattr(module, "config", None)
+    read_settings(config)  # a model that brings its own mask has had no mask function to check them
+    if not is_prefill(raw_settings(config), query.shape[2], key.shape[2]):
         return
     name = type(module).__name__
     if name not in _warned:
         _warned.add(name)
-        got = "no mask" if mask is None else f"a ready-made {mask.dim()}-D mask"
+        got, fix = "no mask", "pass a 2-D attention_mask, for this model makes a mask only of one"
+        if mask is not None:
+            got, fix = f"a ready-made {mask.dim()}-D mask", "pass a 2-D attention_mask, or none"
         warnings.warn(
-            f"{name} got {got} for a prefill of {query.shape[2]} tokens, which stem_flex runs dense; "
-            "pass a 2-D attention_mask, or none",
+            f"{name} got {got} for a prefill of {query.shape[2]} tokens, which stem_flex runs dense; {fix}",
             stacklevel=3,
         )

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from stem_flex.integrations.hf_interface import models_of
 from stem_flex.integrations.hf_settings import raw_settings
 from stem_flex.integrations.hf_trace import record
 
@@ -51,12 +51,7 @@ def _supports_sdpa(module_name: str) -> bool:
 
 @functools.cache
 def _models_support_sdpa(module_name: str) -> bool:
-    models = [
-        member
-        for member in vars(sys.modules[module_name]).values()
-        if isinstance(member, type) and issubclass(member, PreTrainedModel) and member.__module__ == module_name
-    ]
-    return all(model._supports_sdpa for model in models)
+    return all(model._supports_sdpa for model in models_of(module_name))
 
 
 def _eager_function(module: torch.nn.Module):

@@ -18,8 +18,15 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import masking_utils
 
+from stem_flex.integrations.hf_interface import refuse_without_interface
 from stem_flex.integrations.hf_patterns import KeyRange, SharedLayout, key_range, kind_of, recognise
-from stem_flex.integrations.hf_settings import Settings, is_prefill, raw_settings, refuse_own_selection
+from stem_flex.integrations.hf_settings import (
+    Settings,
+    is_prefill,
+    raw_settings,
+    read_settings,
+    refuse_own_selection,
+)
 from stem_flex.layout import Layout, causal, documents, from_mask_mod, sliding_window
 from stem_flex.mask import layout_block_mask
 
@@ -121,10 +128,7 @@ class StemMask:
         if self.kind == "local" and pattern.window is not None:
             layout = layout & sliding_window(pattern.window)
         if self.kind == "local" and pattern.chunk is not None:
-            assert pattern.chunk_start is not None
-            slots = torch.arange(self.keys, device=self.device) + self.kv_offset
-            first = pattern.chunk_start.to(self.device)[:, None]
-            layout = layout & documents(ids=torch.div(slots - first, pattern.chunk, rounding_mode="floor"))
+            layout = layout & documents(ids=pattern.chunks(self.keys, self.kv_offset, self.device))
         return layout
 
     def _general(self) -> Layout:
@@ -137,7 +141,8 @@ class StemMask:
         def mask_mod(b, h, q, kv):
             # flex_attention asks for indices rounded up to whole tiles, the mask function may index by them
             q, kv = q.clamp(max=last_query), kv.clamp(max=last_key)
-            kept = function(b, h, q + offset, kv + kv_offset)
+            # offset counts from the first key given, the mask function from the first of all
+            kept = function(b, h, q + offset + kv_offset, kv + kv_offset)
             return kept if padding is None else kept & padding[b, kv]
 
         return from_mask_mod(mask_mod, self.batch, 1, self.queries, self.keys)
@@ -246,17 +251,22 @@ def stem_mask(
 
     Raises:
         NotImplementedError: a model that selects its own keys.
+        TypeError: a model whose attention does not go through transformers' attention interface.
+        TypeError, ValueError: settings on the config that are not as ``Settings.to_json`` makes them.
     """
     if isinstance(attention_mask, StemMask):
         return attention_mask  # generate builds masks ahead, and the model passes them through here again
     refuse_own_selection(config)
+    refuse_without_interface(config)
+    if not torch.compiler.is_compiling():
+        read_settings(config)  # for its errors, which should not wait for the first long prompt
     settings = raw_settings(config)
     one_way = "allow_is_bidirectional_skip" not in kwargs
     if one_way and is_prefill(settings, q_length, kv_offset + kv_length):
         device = kwargs.get("device")
         build: Any = _build  # the decorator is typed as a factory
         return build(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, settings, device
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, config, device
         )
     fallback: Callable[..., Any] = masking_utils.sdpa_mask
     if settings.get("fallback", "sdpa") == "eager":
@@ -276,7 +286,7 @@ def stem_mask(
 
 @torch.compiler.disable
 def _build(
-    batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, settings, device
+    batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, config, device
 ) -> StemMask:
     offset = q_offset - kv_offset
     if isinstance(offset, Tensor):
@@ -295,6 +305,6 @@ def _build(
         kv_offset=kv_offset,
         mask_function=mask_function,
         padding=padding,
-        settings=Settings.from_json(settings),
+        settings=read_settings(config),
         device=torch.device(device),
     )

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from stem_flex.binding import BoundLayout
+from stem_flex.binding import BoundLayout, Spans
 from stem_flex.geometry import Geometry
-from stem_flex.layout import Layout, Spans
+from stem_flex.layout import Layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,16 +61,43 @@ class Pattern:
     chunk: int | None = None
     chunk_start: Tensor | None = None  # (B,), where each row's first chunk begins
     packed: Tensor | None = None  # (1 or B, tokens), the sequence of each token
+    chunk_positions: Tensor | None = None  # (B, tokens), what chunks count by where it is not the slot
+
+    def chunks(self, keys: int, kv_offset: int, device: torch.device) -> Tensor:
+        """The chunk of each key, (B, keys), as contiguous runs."""
+        assert self.chunk is not None
+        assert self.chunk_start is not None
+        slots = torch.arange(keys, device=device) + kv_offset
+        if self.chunk_positions is not None:
+            slots = self.chunk_positions.to(device)
+        of_key = torch.div(slots - self.chunk_start.to(device)[:, None], self.chunk, rounding_mode="floor")
+        if self.chunk_positions is None or self.packed is None:
+            return of_key
+        # Packed sequences each begin with chunk 0, so that the number alone does not tell two chunks apart.
+        changes = (of_key.diff(dim=1) != 0) | (self.packed.to(device).diff(dim=1) != 0)
+        return torch.nn.functional.pad(changes.cumsum(1), (1, 0))
 
 
 def _code(function: Callable) -> Any:
     return getattr(function, "__code__", None)
 
 
+def _has(name: str) -> bool:
+    return hasattr(masking_utils, name)
+
+
+_ABSENT = object()  # the code of no function
+_causal = masking_utils.causal_mask_function
 _AND = _code(masking_utils.and_masks())
 _WINDOW = _code(masking_utils.sliding_window_overlay(1))
 _CHUNK = _code(masking_utils.chunked_overlay(1, torch.zeros(1)))
 _PACKED = _code(masking_utils.packed_sequence_mask_function(torch.zeros(1, 1)))
+_OR = _code(masking_utils.or_masks())
+_BLOCKWISE = _code(masking_utils.blockwise_overlay(torch.zeros(1, 1))) if _has("blockwise_overlay") else _ABSENT
+# From 5.23 on, a packed prompt's mask counts by the positions within each sequence.
+_REMAPPED = _ABSENT
+if _has("remap_positions_for_packed_sequence"):
+    _REMAPPED = _code(masking_utils.remap_positions_for_packed_sequence(_causal, torch.zeros(1, 1)))
 
 
 def recognise(mask_function: Callable) -> Pattern | None:
@@ -80,24 +107,52 @@ def recognise(mask_function: Callable) -> Pattern | None:
     of overlays such as bidirectional image tokens.
     """
     found: dict[str, Any] = {}
-    pending, is_causal = [mask_function], False
+    positions, is_causal = None, False
+    pending: list[tuple[Callable, Tensor | None]] = [(mask_function, None)]  # with what it counts by; None: slots
     while pending:
-        function = pending.pop()
+        function, counted = pending.pop()
         code = _code(function)
-        if function is masking_utils.causal_mask_function:
+        if function is _causal:
             is_causal = True
         elif code is _AND:
-            pending.extend(_closure(function)["mask_functions"])
+            pending.extend((part, counted) for part in _closure(function)["mask_functions"])
+        elif code is _OR:
+            opening = [part for part in _closure(function)["mask_functions"] if not _opens_nothing(part)]
+            if len(opening) != 1:
+                return None
+            pending.append((opening[0], counted))
+        elif code is _REMAPPED and positions is None:
+            inside = _closure(function)
+            positions = inside["position_ids"]
+            pending.append((inside["mask_function"], positions))
         elif code is _WINDOW and "window" not in found:
             found["window"] = _closure(function)["sliding_window"]
         elif code is _CHUNK and "chunk" not in found:
             inside = _closure(function)
-            found |= {"chunk": inside["chunk_size"], "chunk_start": inside["left_padding"]}
-        elif code is _PACKED and "packed" not in found:
+            found |= {"chunk": inside["chunk_size"], "chunk_start": inside["left_padding"], "chunk_positions": counted}
+        elif code is _PACKED and "packed" not in found and counted is None:
             found["packed"] = _closure(function)["packed_sequence_mask"]
         else:
             return None
-    return Pattern(**found) if is_causal else None
+    if not is_causal or (positions is not None and not _run_on(positions, found.get("packed"))):
+        return None
+    return Pattern(**found)
+
+
+def _run_on(positions: Tensor, packed: Tensor | None) -> bool:
+    """Whether positions grow by one within each packed sequence, where order and distance are then the slots'.
+
+    Waits for the device, once per forward over a packed prompt, as transformers did to find the sequences.
+    """
+    if packed is None or packed.dim() != 2 or packed.shape != positions.shape:
+        return False
+    step = packed.diff(dim=1)
+    return bool(((step > 0) | ((step == 0) & (positions.diff(dim=1) == 1))).all())
+
+
+def _opens_nothing(function: Callable) -> bool:
+    """Whether this is the overlay of a multimodal model's image tokens, for a prompt that has none."""
+    return _code(function) is _BLOCKWISE and bool((_closure(function)["block_sequence_ids"] < 0).all())
 
 
 def _closure(function: Callable) -> dict[str, Any]:
@@ -108,10 +163,10 @@ def _closure(function: Callable) -> dict[str, Any]:
 def kind_of(pattern: Pattern | None, keys: int) -> str:
     if pattern is None:
         return "general"
-    narrow = (pattern.window is not None and pattern.window < keys) or (
-        pattern.chunk is not None and pattern.chunk < keys
-    )
-    if narrow:
+    window, chunk = pattern.window, pattern.chunk
+    # Positions may begin anywhere, so a sequence shorter than a chunk may still cross into the next.
+    crosses = chunk is not None and (chunk < keys or pattern.chunk_positions is not None)
+    if crosses or (window is not None and window < keys):
         return "local"
     return "causal" if pattern.packed is None else "packed"
 

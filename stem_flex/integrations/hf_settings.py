@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +34,7 @@ class Settings:
 
     Args:
         config: Stem's own options.
-        dense_layers: layers (``layer_idx``) whose plain-causal prefill stays exactly dense.
+        dense_layers: layers (``layer_idx``, 0 or more) whose plain-causal prefill stays exactly dense.
         min_tokens: with fewer keys than this, and in chunks of fewer than ``min(min_tokens, 128)`` queries, a
             forward runs as the model did before.
         fallback: attention of everything that is not prefill, "sdpa" or "eager".
@@ -43,6 +46,8 @@ class Settings:
     fallback: str = "sdpa"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.config, StemConfig):
+            raise TypeError(f"config must be a StemConfig or None, got {self.config!r}")
         if isinstance(self.min_tokens, bool) or not isinstance(self.min_tokens, int):
             raise TypeError(f"min_tokens must be an int, got {self.min_tokens!r}")
         if self.min_tokens < 0:
@@ -67,26 +72,86 @@ class Settings:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any] | None) -> Settings:
-        """Inverse of :meth:`to_json`; None and missing keys are the defaults, unknown keys an error."""
-        data = dict(data or {})
-        unknown = data.keys() - {item.name for item in dataclasses.fields(cls)}
-        if unknown:
-            raise ValueError(
-                f"config.stem_flex has unknown settings {sorted(unknown)}; "
-                f"known ones are {[item.name for item in dataclasses.fields(cls)]}"
-            )
-        config = dict(data.pop("config", None) or {})
+    def from_json(cls, data: dict[str, Any] | None, layers: int | None = None) -> Settings:
+        """Inverse of :meth:`to_json`; None and missing keys are the defaults, unknown keys an error.
+
+        ``layers`` is how many the model has, from whose end negative ``dense_layers`` count.
+        """
+        data = _plain("config.stem_flex", data, cls)
+        config = _plain("config.stem_flex['config']", data.pop("config", None), StemConfig)
         if isinstance(config.get("block_size"), list):
             config["block_size"] = tuple(config["block_size"])
         if "dense_layers" in data:
-            data["dense_layers"] = tuple(data["dense_layers"])
+            data["dense_layers"] = _from_start(layer_numbers(data["dense_layers"]), layers)
         return cls(config=StemConfig(**config), **data)
+
+
+def _plain(name: str, data: Any, cls: Any) -> dict[str, Any]:
+    """A copy of a dict of the dataclass's fields, {} for None."""
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise TypeError(f"{name} must be a dict, got {data!r}")
+    known = [item.name for item in dataclasses.fields(cls)]
+    unknown = data.keys() - set(known)
+    if unknown:
+        raise ValueError(f"{name} has unknown settings {sorted(map(str, unknown))}; known ones are {known}")
+    return dict(data)
+
+
+def layer_numbers(dense_layers: Iterable[int]) -> list[int]:
+    """The layers as ints, or a TypeError that names the argument."""
+    try:
+        layers = list(dense_layers)
+        if not any(isinstance(layer, bool) for layer in layers):
+            return [operator.index(layer) for layer in layers]
+    except TypeError:
+        pass
+    raise TypeError(
+        f"dense_layers must be layer numbers, such as (0, 1), or for apply a function of one, got {dense_layers!r}"
+    )
+
+
+def _from_start(layers: list[int], count: int | None) -> tuple[int, ...]:
+    if any(layer < -(count or 0) for layer in layers):
+        known = "how many the model has is not known" if count is None else f"the model has {count}"
+        raise ValueError(f"config.stem_flex['dense_layers'] counts from the end in {layers}, but {known}")
+    return tuple(layer + (count or 0) if layer < 0 else layer for layer in layers)
+
+
+def read_settings(config: Any) -> Settings:
+    """The settings on a transformers config, checked; settings of the same value are parsed once.
+
+    Raises:
+        TypeError, ValueError: settings that are not as :meth:`Settings.to_json` makes them.
+    """
+    data = getattr(config, "stem_flex", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    return _parsed(_Data(data), layers if isinstance(layers, int) else None)
+
+
+class _Data:
+    """Settings as a key of a cache: dicts do not hash, and may be changed in place."""
+
+    def __init__(self, data: Any):
+        self.data, self.text = data, repr(data)
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Data) and self.text == other.text
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(data: _Data, layers: int | None) -> Settings:
+    return Settings.from_json(data.data, layers)
 
 
 def raw_settings(config: Any) -> dict[str, Any]:
     """The JSON settings on a transformers config, unchecked: cheap, and readable by a compiler."""
-    return getattr(config, "stem_flex", None) or {}
+    data = getattr(config, "stem_flex", None)
+    return {} if data is None else data
 
 
 def is_prefill(settings: dict[str, Any], queries: int, keys: int) -> bool:
