@@ -96,13 +96,10 @@ def apply(
         ``save_pretrained`` saves, and on the attention modules (attribute ``stem_flex_mode``, "stem" or
         "dense", which may be changed). Applied again, the new settings take the place of the old ones.
 
-    Raises:
-        TypeError: ``model`` is not a transformers model, or one of its classes has no attention interface, or an
-            option of another type.
+    Raises (and leaves the model as it was):
+        TypeError: ``model`` is no transformers model, a class of it has no attention interface, or a wrong option.
         NotImplementedError: the model selects its own keys.
         ValueError: a layer that the model does not have, or a name that is not registered.
-
-    An error leaves the model as it was.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
@@ -111,9 +108,10 @@ def apply(
     text = model.config.get_text_config(decoder=True)
     refuse_own_selection(text)
     owner = _owner(model, text)
-    state = model.__dict__.get(_STATE)
-    if state is None:
-        state = {"implementation": text._attn_implementation, "settings": getattr(text, "stem_flex", None)}
+    state = model.__dict__.get(_STATE) or {
+        "implementation": text._attn_implementation,
+        "settings": getattr(text, "stem_flex", None),
+    }
     before = state["implementation"]
     layers = _attention_layers(owner, text)
     dense = _dense(dense_layers, [module.layer_idx for module in layers])
@@ -125,17 +123,12 @@ def apply(
     )
     owner.set_attn_implementation({"": name})
     if text._attn_implementation != name:
-        raise RuntimeError(
-            f"{type(owner).__name__} kept attention {text._attn_implementation!r}; transformers refused {name!r}"
-        )
+        raise RuntimeError(f"{type(owner).__name__} kept its attention; transformers refused {name!r}")
     model.__dict__[_STATE] = state
     text.stem_flex = settings.to_json()
     for module in layers:
         setattr(module, MODE, "dense" if module.layer_idx in dense else "stem")
-    if hasattr(model, "generate") and not _is_ours(model.__dict__.get("generate")):
-        state["generate"] = model.__dict__.get("generate")
-        # A partial, unlike a bound method, is pickled with what it calls.
-        model.__dict__["generate"] = functools.partial(_generate, model, state["generate"])
+    _wrap_generate(model, state)
     return model
 
 
@@ -182,6 +175,14 @@ def prompt_length(tokens: int) -> Iterator[None]:
         yield
     finally:
         prompt_tokens.reset(token)
+
+
+def _wrap_generate(model: PreTrainedModel, state: dict[str, Any]) -> None:
+    own = model.__dict__.get("generate")
+    if hasattr(model, "generate") and not _is_ours(own):
+        state["generate"] = own
+        # A partial, unlike a bound method, is pickled with what it calls.
+        model.__dict__["generate"] = functools.partial(_generate, model, own)
 
 
 def _generate(model: Any, own: Callable | None, /, *args: Any, **kwargs: Any) -> Any:
