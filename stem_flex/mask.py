@@ -46,8 +46,10 @@ def stem_block_mask(
         layout: structure of the mask (:mod:`stem_flex.layout`), None is causal.
         q_offset: keys before the first query (chunked prefill, prefix cache), int or int (B,), any value.
         prompt_len: tokens of the whole prompt, which sets the budgets; int or int (B,). None: up to the last
-            query. Give it in chunked prefill, so that chunks spend what one-shot prefill spends.
-        kv_len: valid keys of a longer buffer, int or int (B,). None: all.
+            query. Give it in chunked prefill, so that chunks spend what one-shot prefill spends. It is taken as
+            given: padded queries may stand past it.
+        kv_len: valid keys of a longer buffer, int or int (B,). None: all. Tensors on the CPU are checked as ints are;
+            of CUDA tensors, whose check would wait for the device, the values must be right.
         budget: blocks to keep instead of the schedule's: an int, or an int tensor (Qb,), (Hq, Qb) or
             (B, Hq, Qb).
         impl: "triton", "torch", or "auto": Triton for CUDA tensors. Nothing falls back silently.
