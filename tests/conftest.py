@@ -65,3 +65,37 @@ def make_qkv() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
 
     return make
+
+
+@pytest.fixture
+def llama():
+    """A tiny random Llama."""
+    from tests.hf_models import tiny_model
+
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluate the block lists and mask_mods of models token by token, instead of compiling flex_attention."""
+    from stem_flex.integrations import hf_attention
+    from tests.hf_models import dense_sparse_prefill
+
+    monkeypatch.setattr(hf_attention, "sparse_prefill", dense_sparse_prefill)
+
+
+@pytest.fixture
+def selections(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Every call of stem_block_mask by a model's layers: (q, k, v, keywords, BlockMask)."""
+    from stem_flex.integrations import hf_attention
+
+    calls = []
+    build = hf_attention.stem_block_mask
+
+    def spy(q, k, v, config, **keywords):
+        mask = build(q, k, v, config, **keywords)
+        calls.append((q, k, v, keywords, mask))
+        return mask
+
+    monkeypatch.setattr(hf_attention, "stem_block_mask", spy)
+    return calls

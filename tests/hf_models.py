@@ -1,7 +1,8 @@
-"""Tiny random models of every causal model type of transformers, and an exact executor of BlockMasks."""
+"""Tiny random models of every causal model type of transformers, prompts for them, and an exact executor."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from stem_flex import StemConfig, reference
+from stem_flex.integrations import hf
 from stem_flex.tables import block_classes
 
 _ALL_TYPES = (5, 17)  # the first transformers release known to have and run every model type of the tests
@@ -139,3 +142,71 @@ def dense_sparse_prefill(
         scores = score_mod(scores, b, h, i, j)
     weights = scores.masked_fill(~kept, float("-inf")).softmax(-1).nan_to_num(0.0)
     return (weights @ v.double()).to(q.dtype)
+
+
+# -- prompts, and cases: each gives what a model says, for its own attention and for stem_flex ----------------------
+
+TOKENS = 100
+KEEP_ALL = StemConfig(schedule="fixed", k_start=1.0, block_size=32)
+SPARSE = StemConfig(schedule="fixed", k_start=1, block_size=16, stride=4, sink_blocks=1, local_blocks=1)
+BY_BLOCK = StemConfig(
+    metric="log", block_size=16, stride=4, schedule="fixed", k_start=0.5, sink_blocks=0, local_blocks=0
+)
+
+
+def prompt(batch=2, tokens=TOKENS, seed=0):
+    return torch.randint(2, 60, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(side):
+    mask = torch.ones(2, TOKENS, dtype=torch.long)
+    mask[1, slice(0, 37) if side == "left" else slice(63, None)] = 0
+    return mask
+
+
+def padded_forward(side, model):
+    mask = padded(side)
+    return model(prompt(), attention_mask=mask, use_cache=False).logits[mask.bool()]
+
+
+def packed(model):
+    positions = torch.cat([torch.arange(41), torch.arange(33), torch.arange(26)])[None].expand(2, -1)
+    return model(prompt(), position_ids=positions, use_cache=False).logits
+
+
+def chunks(kind, model):
+    text = model.config.get_text_config()
+    cache = DynamicCache(config=text) if kind == "dynamic" else StaticCache(config=text, max_cache_len=160)
+    ids, mask, logits = prompt(), padded("left"), []
+    for start, end in ((0, 60), (60, 95), (95, 96), (96, TOKENS)):
+        seen = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        logits.append(seen.logits)
+    return torch.cat(logits, 1)[mask.bool()]
+
+
+def generated(model, **options):
+    return model.generate(
+        prompt(), attention_mask=padded("left"), max_new_tokens=4, do_sample=False, pad_token_id=0, **options
+    )
+
+
+CASES = {
+    "left padding": functools.partial(padded_forward, "left"),
+    "right padding": functools.partial(padded_forward, "right"),
+    "packed": packed,
+    "dynamic cache": functools.partial(chunks, "dynamic"),
+    "static cache": functools.partial(chunks, "static"),
+    "generate": generated,
+    "chunked generate": functools.partial(generated, prefill_chunk_size=48),
+}
+
+
+def kept(mask):
+    partial, full = reference.dense_blocks(mask)
+    return partial | full
+
+
+def paths(model, *args, **kwargs):
+    with torch.no_grad(), hf.trace() as seen:
+        model(*args, **kwargs)
+    return seen
