@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 from collections.abc import Callable, Iterator
-from functools import partial
-from types import FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 
 from torch import Tensor
 
 _DEEPEST = 8
+_NOT_DATA = (str, bytes, type, ModuleType, BuiltinFunctionType, type(None))
+_GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
+_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
 
 
 def captured_values(f: Callable) -> tuple[Tensor | float, ...]:
     """Tensors and numbers that ``f`` and what it uses read.
 
-    Looks through closures, defaults, globals of the function's module, partials, methods, containers and objects.
+    Looks through closures, defaults, module globals, partials, methods, containers, and the attributes of objects that
+    the code names.
     """
-    return tuple(x for x in _walk(f, 0, set()) if not isinstance(x, FunctionType))
+    return tuple(x for x in _walk(f, frozenset(), 0, set()) if not isinstance(x, FunctionType))
 
 
 def code_of(f: Callable | None) -> tuple:
     """The code of ``f`` and of the functions it uses: what a compiler compiles, whatever object carries it."""
     if f is None:
         return ()
-    inner = tuple(x.__code__ for x in _walk(f, 0, set()) if isinstance(x, FunctionType))
-    return inner if isinstance(f, FunctionType) else (f, *inner)
+    inner = (x.__code__ for x in _walk(f, frozenset(), 0, set()) if isinstance(x, FunctionType))
+    return tuple(inner) or (f,)
 
 
 def state_of(values: tuple) -> tuple:
@@ -41,36 +46,44 @@ def _state(x: object) -> object:
     return object() if x.is_inference() else (id(x), x._version)
 
 
-def _walk(x: object, depth: int, seen: set[int]) -> Iterator[Tensor | float | FunctionType]:
+def _walk(x: object, names: frozenset[str], depth: int, seen: set[int]) -> Iterator[Tensor | float | FunctionType]:
+    """Through ``x``, of whose attributes the code that holds it reads ``names``."""
     if isinstance(x, Tensor | int | float):
         yield x
         return
-    if x is None or isinstance(x, str | bytes | type | ModuleType) or depth > _DEEPEST or id(x) in seen:
+    if isinstance(x, _NOT_DATA) or depth > _DEEPEST or id(x) in seen:
         return
     seen.add(id(x))
     if isinstance(x, FunctionType):
         yield x
-    for inner in _inside(x):
-        yield from _walk(inner, depth + 1, seen)
+        names = _named(x.__code__, _ATTRIBUTE)
+    for inner in _inside(x, names):
+        yield from _walk(inner, names, depth + 1, seen)
 
 
-def _inside(x: object) -> Iterator[object]:
+def _inside(x: object, names: frozenset[str]) -> Iterator[object]:
     if isinstance(x, FunctionType):
-        yield from _names(x)
-    elif isinstance(x, partial):
+        yield from _held(x)
+        for name in _named(x.__code__, _GLOBAL):
+            held = x.__globals__.get(name)
+            if isinstance(held, FunctionType) and held.__globals__ is not x.__globals__:
+                yield from _held(held)  # of a library's function only what it was made with is data
+            else:
+                yield held
+    elif isinstance(x, functools.partial):
         yield from (x.func, *x.args, *x.keywords.values())
     elif isinstance(x, MethodType):
-        yield from (x.__func__, x.__self__)
+        yield x.__func__
+        yield from _attributes(x.__self__, _named(x.__func__.__code__, _ATTRIBUTE))
     elif isinstance(x, dict):
         yield from x.values()
     elif isinstance(x, list | tuple | set | frozenset):
         yield from x
-    elif hasattr(x, "__dict__"):
-        yield from vars(x).values()
-        yield type(x).__dict__.get("__call__")
+    else:
+        yield from _attributes(x, names | {"__call__"} if callable(x) else names)
 
 
-def _names(f: FunctionType) -> Iterator[object]:
+def _held(f: FunctionType) -> Iterator[object]:
     for cell in f.__closure__ or ():
         try:
             yield cell.cell_contents
@@ -78,8 +91,27 @@ def _names(f: FunctionType) -> Iterator[object]:
             continue
     yield from f.__defaults__ or ()
     yield from (f.__kwdefaults__ or {}).values()
-    for name in f.__code__.co_names:
-        held = f.__globals__.get(name)
-        # functions of other modules are libraries, not data
-        if not callable(held) or (isinstance(held, FunctionType) and held.__globals__ is f.__globals__):
-            yield held
+
+
+def _attributes(x: object, names: frozenset[str]) -> Iterator[object]:
+    """The named attributes of an object, and those that its methods among them name."""
+    own, todo, done = getattr(x, "__dict__", {}), set(names), set[str]()
+    while todo:
+        name = todo.pop()
+        done.add(name)
+        held = own[name] if name in own else getattr(type(x), name, None)
+        if isinstance(held, property):
+            held = held.fget
+        if isinstance(held, FunctionType) and name not in own:
+            todo |= _named(held.__code__, _ATTRIBUTE) - done
+        yield held
+
+
+@functools.lru_cache(maxsize=1024)
+def _named(code: CodeType, operations: tuple[str, ...]) -> frozenset[str]:
+    """Names that these operations of the code, and of functions written inside it, load."""
+    found = {step.argval for step in dis.get_instructions(code) if step.opname in operations}
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            found |= _named(inner, operations)
+    return frozenset(found)

@@ -55,7 +55,7 @@ class BoundLayout:
         seq_lengths, block_size: (query, key) tokens.
         longest_prompt: no row's PROMPT_BLOCKS is larger; None: only the device knows.
         layout, geometry: what was bound.
-        spans: the keys of each query, None where a class table or plain causality says it.
+        spans: the keys of each query, None where a class table or plain causality says it; see intervals().
     """
 
     rows: Tensor
@@ -114,6 +114,12 @@ class BoundLayout:
             self._budgets[config] = budget
         return budget
 
+    def intervals(self) -> Spans | None:
+        """The keys of each query as they were bound, None where a class table says it."""
+        if self.classes is not None or self.spans is not None:
+            return self.spans
+        return _token_spans(self.layout.parts(), self.geometry, None)  # plain causal: nothing that could change
+
     def allowed(self) -> Tensor:
         """Which pairs of blocks are allowed, bool (1 or B, 1 or H, Qb, Kb): for small sizes and tests."""
         return self.dense_classes() != EMPTY
@@ -143,7 +149,7 @@ def bind(
 ) -> BoundLayout:
     """Bind a layout; memoised on the layout where all lengths are host-known and nothing changed.
 
-    A hit is on the hot path of every layer: it looks a tuple up and checks nothing again.
+    A hit is on the hot path of every layer: it looks a tuple up, and only asks whether what a layout reads changed.
     """
     key = (batch, heads, q_len, k_len, q_offset, kv_len, prompt_len, *block_size, device)
     lengths_known = type(q_offset) is int and all(x is None or type(x) is int for x in (kv_len, prompt_len))
@@ -155,9 +161,10 @@ def bind(
     if tensors and (capturing or any(tensor.is_inference() for tensor in tensors)):
         # a graph reads the tensors when it is replayed; inference tensors don't tell when they change
         return _bind(layout, Geometry.of(*key), memo=False)
-    memo: dict[tuple, tuple[BoundLayout, tuple]] = layout.__dict__.setdefault("_memo", {})
-    key_now = (*key, *state_of(reads))
-    bound, _ = memo.get(key_now, (None, ()))
+    memo: dict[tuple, tuple[BoundLayout, tuple, tuple]] = layout.__dict__.setdefault("_memo", {})
+    state = state_of(reads)
+    known = memo.get(key)
+    bound = known[0] if known is not None and known[1] == state else None
     if bound is None:
         with torch.inference_mode(False), torch.no_grad():  # what is remembered also serves training
             bound = _bind(layout, Geometry.of(*key), memo=True)
@@ -165,7 +172,7 @@ def bind(
             return bound  # its memory is the graph's
         if len(memo) >= _MEMO_ENTRIES:
             memo.pop(next(iter(memo)))
-        memo[key_now] = bound, reads  # held, so that no other tensor takes an id over
+        memo[key] = bound, state, reads  # held, so that no other tensor takes an id over
     elif capturing:
         _kept_for_graphs[id(bound)] = bound
     return bound

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -93,14 +94,15 @@ def _geometry(mask: object) -> Geometry | None:
 def _layout_of(block_mask: BlockMask, geometry: Geometry | None) -> Layout:
     """The structure that the mask was bound to, by its layout, its intervals, or else its tokens."""
     known = getattr(block_mask, "structure", None)
-    if isinstance(known, BoundLayout) and geometry is not None and block_mask.mask_mod is known.mask_mod:
-        own = (known.geometry.q_offset, known.geometry.kv_len)
-        fixed = not known.layout.reads() and not any(isinstance(x, Tensor) for x in own)
-        if fixed and own == (geometry.q_offset, geometry.kv_len):
-            return known.layout
-        if known.spans is not None:  # tensors may hold something else by now
-            return Interval(known.spans)
-    return from_block_mask(block_mask)
+    if not isinstance(known, BoundLayout) or geometry is None or block_mask.mask_mod is not known.mask_mod:
+        return from_block_mask(block_mask)
+    intervals = known.intervals()
+    if intervals is None:
+        return from_block_mask(block_mask)
+    own, asked = ((x.q_offset, x.kv_len) for x in (known.geometry, geometry))
+    fixed = not any(isinstance(x, Tensor) for x in (*own, *asked)) and not known.layout.reads()
+    # tensors may hold something else by now; the intervals are what they were
+    return known.layout if fixed and own == asked else Interval(intervals)
 
 
 def _most_kept(block_mask: BlockMask, bound: BoundLayout) -> int:
@@ -108,7 +110,7 @@ def _most_kept(block_mask: BlockMask, bound: BoundLayout) -> int:
         return bound.k_blocks
     # of our own masks both lists share a row, the full one behind the partial one's columns
     partial_columns = block_mask.full_kv_indices.storage_offset() - block_mask.kv_indices.storage_offset()
-    return min(bound.k_blocks, block_mask.kv_indices.stride(2) - int(partial_columns))
+    return min(bound.k_blocks, cast(int, block_mask.kv_indices.stride(2) - partial_columns))
 
 
 def _check_other(block_mask: BlockMask, other: BlockMask) -> None:

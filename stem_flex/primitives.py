@@ -20,7 +20,7 @@ _LONGEST = 2**31 - 1  # positions are int32
 
 
 class Layout:
-    """Base of all layouts; use the functions of this module to make one."""
+    """Base of all layouts; the functions of `stem_flex.layout` make one."""
 
     def __and__(self, other: Layout) -> Layout:
         if not isinstance(other, Layout):
@@ -89,7 +89,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Causal(Layout):
-    """See :func:`causal`."""
+    """See :func:`stem_flex.layout.causal`."""
 
     plain_causal = True
 
@@ -102,7 +102,7 @@ class Causal(Layout):
 
 @dataclass(frozen=True)
 class Full(Layout):
-    """See :func:`full`."""
+    """See :func:`stem_flex.layout.full`."""
 
     def spans(self, geometry: Geometry) -> Spans:
         zeros = torch.zeros_like(geometry.positions)
@@ -111,7 +111,7 @@ class Full(Layout):
 
 @dataclass(frozen=True)
 class SlidingWindow(Layout):
-    """See :func:`sliding_window`."""
+    """See :func:`stem_flex.layout.sliding_window`."""
 
     window: int
 
@@ -125,7 +125,7 @@ class SlidingWindow(Layout):
 
 @dataclass(frozen=True, eq=False)
 class Prefix(Layout):
-    """See :func:`prefix`."""
+    """See :func:`stem_flex.layout.prefix`."""
 
     length: int | Tensor
 
@@ -149,7 +149,7 @@ class Prefix(Layout):
 
 @dataclass(frozen=True, eq=False)
 class Padding(Layout):
-    """See :func:`padding`."""
+    """See :func:`stem_flex.layout.padding`."""
 
     lengths: Tensor
     side: Side
@@ -194,7 +194,7 @@ class Padding(Layout):
 
 @dataclass(frozen=True, eq=False)
 class Documents(Layout):
-    """See :func:`documents`. ``starts`` and ``ends`` bound the document of each token, (1 or B, tokens)."""
+    """See :func:`stem_flex.layout.documents`; ``starts`` and ``ends`` of each token's document, (1 or B, tokens)."""
 
     starts: Tensor = field(repr=False)
     ends: Tensor = field(repr=False)
@@ -238,7 +238,7 @@ class Documents(Layout):
 
 @dataclass(frozen=True, eq=False)
 class MaskMod(Layout):
-    """See :func:`from_mask_mod`."""
+    """See :func:`stem_flex.layout.from_mask_mod`."""
 
     f: MaskModFn
     B: int
@@ -269,7 +269,7 @@ class MaskMod(Layout):
 
 @dataclass(frozen=True, eq=False)
 class FromBlockMask(Layout):
-    """See :func:`from_block_mask`."""
+    """See :func:`stem_flex.layout.from_block_mask`."""
 
     block_mask: BlockMask
     mod: MaskModFn = field(repr=False)

@@ -39,8 +39,8 @@ def oam_scores(
 
     Magnitude of key block J (``config.metric``): ``"zscore"``: the mean over its groups of ``stride`` keys of
     relu(z), z the normalised ln of the group's largest value norm, over the complete groups of that batch row
-    and head; ``"log"``: max(0, ln of the block's largest value norm), the paper's Eq. 7. A
-    NaN norm counts as 0.
+    and head; ``"log"``: max(0, ln of the block's largest value norm), the paper's Eq. 7.
+    A NaN norm counts as 0.
 
     Args:
         q: (B, Hq, Lq, D), float16, bfloat16, float32 or float64 (PyTorch only), any strides with a unit last one.

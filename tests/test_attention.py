@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from stem_flex import StemConfig, layout, reference, stem_attention, stem_block_mask, testing
+from stem_flex._captured import code_of
 from stem_flex._compiled import compiled
 from stem_flex.attention import sparse_prefill
 
@@ -124,6 +125,19 @@ def test_the_recompile_limit_is_an_error():
     run(torch.ones(2), 2.5)
     with pytest.raises(RuntimeError, match="would run eagerly, which is dense"):
         run(torch.ones(2, 2, dtype=torch.float64), 3.5)
+
+
+class Bias:
+    def __init__(self, slope):
+        self.slope = slope
+
+    def mod(self, score, b, h, q_idx, kv_idx):
+        return score - self.slope * (q_idx - kv_idx)
+
+
+def test_methods_of_two_objects_are_one_kind_of_call():
+    assert code_of(Bias(0.1).mod) == code_of(Bias(0.2).mod)
+    assert code_of(Bias(0.1).mod) != code_of(lambda score, b, h, q_idx, kv_idx: score)
 
 
 def wrong_mask(**changes):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
 from stem_flex import StemConfig, compose, layout, reference, stem_block_mask, testing
+from stem_flex.mask import layout_block_mask
 
 SMALL = StemConfig(block_size=16, stride=4, schedule="fixed", k_start=3, sink_blocks=1, local_blocks=1)
 
@@ -196,3 +197,11 @@ def test_tables_do_not_grow_with_every_composition(make_qkv):
         mask = compose(mask, layout.from_mask_mod(lambda b, h, i, j: i - j < 500, 1, 1, 1024, 1024))
         widths.append(mask.kv_indices.stride(2))
     assert len(set(widths)) == 1
+
+
+def test_masks_of_tensor_and_int_offsets_compose():
+    ours = layout_block_mask(layout.causal(), 2, 1, 32, 64, q_offset=torch.tensor([0, 32]), block_size=16)
+    theirs = layout_block_mask(layout.causal(), 2, 1, 32, 64, block_size=16)
+    expected = dense_of(ours) & dense_of(theirs)
+    assert torch.equal(dense_of(compose(ours, theirs)), expected)
+    assert torch.equal(dense_of(compose(theirs, ours)), expected)

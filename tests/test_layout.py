@@ -386,7 +386,20 @@ def same(ids, b, h, i, j):
     return ids[i] == ids[j]
 
 
+class Inherited(Table):
+    pass
+
+
+BOUND = functools.partial(same, torch.zeros(64, dtype=torch.long))
+
+
+def through_a_global(b, h, i, j):
+    return (lambda: BOUND(b, h, i, j))()
+
+
 HOLDERS = {
+    "inherited call": Inherited,
+    "attribute": lambda ids: (lambda table: lambda b, h, i, j: table.ids[i] == table.ids[j])(Table(ids)),
     "and_masks": lambda ids: and_masks(lambda b, h, i, j: i >= j, lambda b, h, i, j: ids[i] == ids[j]),
     "partial": lambda ids: functools.partial(same, ids),
     "object": Table,
@@ -407,6 +420,13 @@ def test_a_tensor_is_found_wherever_a_mask_mod_holds_it(holder):
     tokens = reference.token_mask(structure, 1, 1, 64, 64, 0, None)
     assert torch.equal(after, reference.block_classes(tokens, (16, 16)).expand_as(after))
     assert not torch.equal(before, after)
+
+
+def test_a_global_partial_read_in_an_inner_function_is_found():
+    structure = layout.from_mask_mod(through_a_global, None, None, 64, 64)
+    before = structure.bind(1, 1, 64, 64, block_size=(16, 16)).dense_classes()
+    BOUND.args[0].copy_(torch.arange(64) // 16)
+    assert not torch.equal(before, structure.bind(1, 1, 64, 64, block_size=(16, 16)).dense_classes())
 
 
 @pytest.mark.gpu

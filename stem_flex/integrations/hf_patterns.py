@@ -30,6 +30,9 @@ class KeyRange(Layout):
     def valid(self, geometry: Geometry) -> tuple[Tensor, Tensor]:
         return self.start, self.end
 
+    def sizes(self) -> tuple[int, int]:
+        return self.start.shape[0], 1
+
     def prompt(self, geometry: Geometry) -> tuple[Tensor, Tensor]:
         positions = geometry.positions_of(self.start)
         return self.start[:, None].expand_as(positions), self.end[:, None].expand_as(positions)

@@ -9,7 +9,7 @@ and in CUDA graphs (after one eager call, which compiles the kernels).
 
     flats    e * s*D * B*(Hq*Qb + Hkv*Kb)         s/BQ of q's bytes, s/BK of k's
     stats    4 * B*Hkv*Kb * (n + 4)
-    scores   at most `stem_flex.kernels.scores.MOST_WORKSPACE_BYTES`
+    scores   at most `stem_flex.kernels.scores.MOST_WORKSPACE_BYTES`, or 16 rows of every head
 
 Compilations: one per dtype, head count, head dim, block size, stride, metric and layout kind; lengths add at most two
 score tiles and one select kernel per power of two of key blocks, 256 .. 16384.

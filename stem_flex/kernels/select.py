@@ -5,9 +5,9 @@ One program selects one row (b, h, I), held in registers:
 1. Candidates are the allowed blocks lo <= J < hi (of class > 0 where a class table is given). Scores become int32 keys
    in score order, -0.0 = 0.0, NaN below -inf.
 2. Unless the budget covers every candidate, a search over keys keeps ``count(key >= low) > k > count(key >= high)``
-   and stops when a threshold admits exactly k. The first INTERPOLATIONS steps guess by interpolating the logarithm of
-   the count (about 9 steps for 1K-8K smooth scores), the rest bisect the key bits (at most 32): exact whatever the
-   scores are. Ties at the threshold go to the lower index by a cumulative count, only where there are any.
+   and stops when a threshold admits exactly k. The first INTERPOLATIONS steps interpolate the logarithm of the count
+   by Illinois' method (about 9 steps for 1K-8K smooth scores), the rest bisect the key bits (at most 32): exact
+   whatever the scores are. Ties at the threshold go to the lower index by a cumulative count, only where there are any.
 3. Forced blocks join. Kept flags are packed into 32-bit words, one warp-wide reduction each; counting bits below a
    flag, and a cumulative sum over the words, gives its place in the list.
 
@@ -17,8 +17,8 @@ Table (one int32 buffer, `width` columns a row): the partial list starts at colu
 ``partial_columns``. An interval row with more partial blocks than that has no full ones, so its list may run on.
 
 Model, a row of c candidates, k kept: reads 4*c bytes of scores (1 more with classes) and 32 of ``rows``; ~2*c integer
-operations a search step, 10-20 steps; writes 4*k + 8 bytes. 128K tokens, 32 heads: 67 MB in, 17 MB out, ~0.3 G
-operations a step.
+operations a search step, about 9 steps and at most 48; writes 4*k + 8 bytes. 128K tokens, 32 heads: 67 MB in, 17 MB
+out, ~0.3 G operations a step.
 """
 
 from functools import lru_cache
