@@ -100,6 +100,8 @@ def _attributes(x: object, names: frozenset[str]) -> Iterator[object]:
         name = todo.pop()
         done.add(name)
         held = own[name] if name in own else getattr(type(x), name, None)
+        if held is None:  # what __getattr__ finds, as the buffers of a module
+            held = getattr(x, name, None)
         if isinstance(held, property):
             held = held.fget
         if isinstance(held, FunctionType) and name not in own:

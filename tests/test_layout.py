@@ -390,6 +390,12 @@ class Inherited(Table):
     pass
 
 
+class Module(torch.nn.Module):
+    def __init__(self, ids):
+        super().__init__()
+        self.register_buffer("ids", ids)
+
+
 BOUND = functools.partial(same, torch.zeros(64, dtype=torch.long))
 
 
@@ -398,6 +404,7 @@ def through_a_global(b, h, i, j):
 
 
 HOLDERS = {
+    "buffer": lambda ids: (lambda module: lambda b, h, i, j: module.ids[i] == module.ids[j])(Module(ids)),
     "inherited call": Inherited,
     "attribute": lambda ids: (lambda table: lambda b, h, i, j: table.ids[i] == table.ids[j])(Table(ids)),
     "and_masks": lambda ids: and_masks(lambda b, h, i, j: i >= j, lambda b, h, i, j: ids[i] == ids[j]),
