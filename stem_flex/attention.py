@@ -64,7 +64,6 @@ def stem_attention(
     """
     config = check_config(config)
     check_qkv(q, k, v)
-    _check_options(scale, score_mod, options)
     decision = explain(
         q,
         k,
@@ -80,6 +79,7 @@ def stem_attention(
         budget=budget,
     )
     if decision.dense and not options:
+        check_scale(scale)
         return dense_causal(q, k, v, scale=scale, kernel=decision.backend)
     block_mask = stem_block_mask(
         q,

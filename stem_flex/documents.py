@@ -7,12 +7,9 @@ import itertools
 import torch
 from torch import Tensor
 
-from stem_flex._check import check_int_tensor
-
 
 def spans_of_lengths(bounds: Tensor) -> tuple[Tensor, Tensor]:
     """[start, end) of the document of each token from cumulative lengths, int32 (1, tokens) each."""
-    check_int_tensor("cu_seqlens", bounds, 1)
     values = bounds.tolist()
     if not values or values[0] != 0 or any(b < a for a, b in itertools.pairwise(values)):
         raise ValueError(f"cu_seqlens must start at 0 and never fall, got {_shown(values)}")
@@ -27,7 +24,6 @@ def spans_of_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
     """[start, end) of the document of each token from its document's number, int32 (1 or B, tokens) each."""
     if ids.dim() == 1:
         ids = ids[None]
-    check_int_tensor("ids", ids, 2)
     tokens = ids.shape[1]
     place = torch.arange(tokens, dtype=torch.int32, device=ids.device).expand_as(ids)
     changes = torch.ones_like(ids, dtype=torch.bool)
