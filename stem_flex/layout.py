@@ -2,6 +2,7 @@
 
 A layout says everything about structure and nothing about sizes: those come from q and k when it is bound.
 Layouts intersect with ``&``. Built once per prompt, a layout is bound once and reused by every layer.
+`stem_flex.primitives` holds what each kind tells the binding, `stem_flex.binding` what becomes of it.
 
 True means keep. Position ``p = q_offset + i`` is where local query ``i`` stands among the keys.
 """
