@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,33 @@ settings.register_profile("deep", max_examples=2000, **_COMMON)
 settings.load_profile("ci")
 
 torch.set_printoptions(threshold=20, edgeitems=1)  # of the inputs drawn for a failure, shapes say enough
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``pytest -m gpu --record FILE`` leaves what it found, where and with what, for bench/results."""
+    parser.addoption("--record", type=Path, help="write counts, failures and environment of this run as JSON")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Write the record that ``--record`` asks for."""
+    path = config.getoption("record")
+    if path is None:
+        return
+    from bench.report import environment
+
+    stats = terminalreporter.stats
+    files: dict[str, int] = {}
+    for report in stats.get("passed", ()):
+        name = report.nodeid.split("::")[0]
+        files[name] = files.get(name, 0) + 1
+    found = {
+        "environment": environment() | {"command": f"python -m pytest {' '.join(config.invocation_params.args)}"},
+        **{kind: len(stats.get(kind, ())) for kind in ("passed", "failed", "error", "skipped")},
+        "passed_by_file": dict(sorted(files.items())),
+        "not_passed": [report.nodeid for kind in ("failed", "error") for report in stats.get(kind, ())],
+        "skipped_because": sorted({report.longrepr[2] for report in stats.get("skipped", ())}),
+    }
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

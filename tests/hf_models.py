@@ -165,19 +165,19 @@ def padded(side):
 
 
 def padded_forward(side, model):
-    mask = padded(side)
-    return model(prompt(), attention_mask=mask, use_cache=False).logits[mask.bool()]
+    mask = padded(side).to(model.device)
+    return model(prompt().to(model.device), attention_mask=mask, use_cache=False).logits[mask.bool()]
 
 
 def packed(model):
     positions = torch.cat([torch.arange(41), torch.arange(33), torch.arange(26)])[None].expand(2, -1)
-    return model(prompt(), position_ids=positions, use_cache=False).logits
+    return model(prompt().to(model.device), position_ids=positions.to(model.device), use_cache=False).logits
 
 
 def chunks(kind, model):
     text = model.config.get_text_config()
     cache = DynamicCache(config=text) if kind == "dynamic" else StaticCache(config=text, max_cache_len=160)
-    ids, mask, logits = prompt(), padded("left"), []
+    ids, mask, logits = prompt().to(model.device), padded("left").to(model.device), []
     for start, end in ((0, 60), (60, 95), (95, 96), (96, TOKENS)):
         seen = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
         logits.append(seen.logits)
@@ -185,9 +185,8 @@ def chunks(kind, model):
 
 
 def generated(model, **options):
-    return model.generate(
-        prompt(), attention_mask=padded("left"), max_new_tokens=4, do_sample=False, pad_token_id=0, **options
-    )
+    ids, mask = prompt().to(model.device), padded("left").to(model.device)
+    return model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0, **options)
 
 
 CASES = {

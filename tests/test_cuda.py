@@ -131,3 +131,36 @@ def test_lists_follow_q_to_its_device(qkv):
     q, k, v = qkv(600)
     mask = stem_block_mask(q, k, v, CONFIG, layout=layout.documents([0, 100, 600]))
     assert mask.kv_num_blocks.is_cuda
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_addresses_past_two_to_the_31(by_token):
+    tokens, heads, dim = 640_000, 32, 128  # 2.6e9 elements a tensor; by token, heads lie side by side
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free memory on the card")
+    shape = (1, tokens, heads, dim) if by_token else (1, heads, tokens, dim)
+    q, k, v = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    if by_token:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    whole = stem_block_mask(q, k, v, StemConfig())
+    for head in (0, heads - 1):
+        alone = stem_block_mask(*(x[:, head : head + 1] for x in (q, k, v)), StemConfig())
+        for counts, indices in (
+            ("kv_num_blocks", "kv_indices"),
+            ("full_kv_num_blocks", "full_kv_indices"),
+        ):
+            count = getattr(alone, counts)[0, 0]
+            assert torch.equal(getattr(whole, counts)[0, head], count)
+            live = torch.arange(getattr(alone, indices).shape[-1], device="cuda") < count[:, None]
+            differ = (getattr(whole, indices)[0, head] != getattr(alone, indices)[0, 0]) & live
+            assert not differ.any()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_card_that_is_not_the_current_one(qkv, backend):
+    tensors = qkv(1024)
+    expected = stem_attention(*tensors, CONFIG, backend=backend)
+    assert torch.cuda.current_device() == 0
+    actual = stem_attention(*(x.to("cuda:1") for x in tensors), CONFIG, backend=backend)
+    assert actual.get_device() == 1
+    assert torch.equal(actual.to("cuda:0"), expected)

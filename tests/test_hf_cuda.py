@@ -1,0 +1,129 @@
+"""transformers models under ``attn_implementation="stem_flex"`` on CUDA: compiled kernels, lse, several cards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
+
+import stem_flex.integrations.hf as stem_hf  # noqa: E402
+from stem_flex import StemConfig  # noqa: E402
+from tests.hf_models import CASES, KEEP_ALL, SPARSE, TOKENS, padded, prompt, tiny_model  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+# What each brings: softcap and windows, sinks (by the lse), chunks, a value head dim of its own.
+WHAT = [
+    ("llama", ("left padding", "packed", "static cache", "chunked generate")),
+    ("gemma2", ("left padding", "static cache")),
+    ("gpt_oss", ("left padding", "dynamic cache", "generate")),
+    ("llama4_text", ("right padding",)),
+    ("deepseek_v3", ("left padding",)),
+]
+
+
+def own_attention(model):
+    """The attention that is the model: of softcap and sinks sdpa knows nothing."""
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss":
+        model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize(("family", "cases"), WHAT)
+def test_keep_all_is_the_models_own_attention_on_the_card(family, cases):
+    model = own_attention(tiny_model(family).cuda())
+    with torch.no_grad():
+        expected = {name: CASES[name](model) for name in cases}
+        stem_hf.apply(model, KEEP_ALL, dense_layers=(), min_tokens=0)
+        for name, logits in expected.items():
+            with stem_hf.trace() as seen:
+                actual = CASES[name](model)
+            assert {"stem", "exact"} & set(seen.count()), name
+            if actual.is_floating_point():
+                torch.testing.assert_close(actual, logits, atol=1e-3, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+            else:
+                assert torch.equal(actual, logits), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_sparse_prefill_on_the_card_is_that_of_the_cpu(family):
+    model = stem_hf.apply(tiny_model(family), SPARSE, dense_layers=(), min_tokens=0)
+    mask = padded("left")
+    with torch.no_grad():
+        expected = model(prompt(), attention_mask=mask, use_cache=False).logits
+        actual = model.cuda()(prompt().cuda(), attention_mask=mask.cuda(), use_cache=False).logits.cpu()
+    torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], atol=1e-3, rtol=0)
+
+
+def test_a_prefill_in_half_precision_takes_the_fastest_kernel():
+    model = tiny_model("llama", hidden_size=256, num_attention_heads=4, head_dim=64, num_hidden_layers=3)
+    model = stem_hf.apply(model.cuda().bfloat16(), StemConfig.operator(), dense_layers=(0,), min_tokens=2)
+    ids = prompt(tokens=1000).cuda()
+    with torch.no_grad(), stem_hf.trace() as seen:
+        logits = model(ids).logits
+        assert seen.layers("dense")[0] == 0
+        model.set_attn_implementation("sdpa")
+        assert (logits - model(ids).logits).norm() <= 0.05 * logits.norm()  # so short a prompt is kept whole
+
+
+def test_a_compiled_model_prefills_and_generates():
+    model = stem_hf.apply(tiny_model("llama").cuda(), SPARSE, dense_layers=(), min_tokens=0)
+    ids = prompt().cuda()
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        compiled = torch.compile(model)
+        with stem_hf.trace() as seen:
+            actual = compiled(ids, use_cache=False).logits
+        assert seen.count() == {"stem": 2}
+        torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
+        tokens = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        static = {"cache_implementation": "static", "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(compiled.generate(ids, **static), tokens)
+
+
+def move(module, args, kwargs):
+    """A pre-hook that brings what a layer is called with to the layer's card, as accelerate's does."""
+    card = next(module.parameters()).device
+
+    def to(x):
+        if isinstance(x, tuple):
+            return tuple(map(to, x))
+        return x.to(card) if hasattr(x, "to") else x
+
+    return tuple(map(to, args)), {key: to(value) for key, value in kwargs.items()}
+
+
+def spread(model):
+    """The second half of the model's layers on the second card."""
+    layers = model.model.layers
+    layers[len(layers) // 2 :].to("cuda:1")
+    for module in (*layers, model.model.norm, model.lm_head):
+        module.register_forward_pre_hook(move, with_kwargs=True)
+    return model
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", ["left padding", "packed", "static cache", "chunked generate"])
+def test_layers_may_lie_on_two_cards(name):
+    model = tiny_model("llama", num_hidden_layers=4).cuda()
+    stem_hf.apply(model, SPARSE, dense_layers=(), min_tokens=0)
+    with torch.no_grad():
+        expected = CASES[name](model)
+        with stem_hf.trace() as seen:
+            actual = CASES[name](spread(model))
+    assert seen.layers("stem") == [0, 1, 2, 3]
+    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_half_precision_on_the_second_card_alone():
+    sizes = dict(hidden_size=256, num_attention_heads=4, head_dim=64, num_hidden_layers=3)
+    model = tiny_model("llama", **sizes).bfloat16().cuda()
+    stem_hf.apply(model, StemConfig(), dense_layers=(0,), min_tokens=0)
+    ids = prompt(tokens=12 * TOKENS).cuda()
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        actual = model.to("cuda:1")(ids.to("cuda:1"), use_cache=False).logits  # cuda:0 stays the current one
+    torch.testing.assert_close(actual.to(expected.device), expected)
