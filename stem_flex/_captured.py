@@ -24,12 +24,16 @@ def captured_values(f: Callable) -> tuple[Tensor | float, ...]:
     return tuple(x for x in _walk(f, frozenset(), 0, set()) if not isinstance(x, FunctionType))
 
 
-def code_of(f: Callable | None) -> tuple:
-    """The code of ``f`` and of the functions it uses: what a compiler compiles, whatever object carries it."""
+def code_of(f: Callable | None, constants: tuple[type, ...]) -> tuple[tuple, tuple]:
+    """What a compiler compiles, whatever object carries it: the code that ``f`` is and uses, and its constants.
+
+    ``constants`` are the types of numbers that are compiled into the code; others may vary.
+    """
     if f is None:
-        return ()
-    inner = (x.__code__ for x in _walk(f, frozenset(), 0, set()) if isinstance(x, FunctionType))
-    return tuple(inner) or (f,)
+        return (), ()
+    found = tuple(_walk(f, frozenset(), 0, set()))
+    code = tuple(x.__code__ for x in found if isinstance(x, FunctionType))
+    return code or (f,), tuple(x for x in found if isinstance(x, constants))
 
 
 def state_of(values: tuple) -> tuple:

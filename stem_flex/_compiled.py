@@ -11,22 +11,22 @@ import torch
 _FIXED_SIZES = 256  # compilations of a kind of call whose sizes can't be left open
 
 
-def compiled(f: types.FunctionType, kind: Hashable, dynamic: bool | None = None) -> Callable:
-    """``f`` compiled whole, separately for each ``kind``.
+def compiled(f: types.FunctionType, kind: Hashable, dynamic: bool | None = None, constants: tuple = ()) -> Callable:
+    """``f`` compiled whole, separately for each ``kind`` and the numbers ``constants``.
 
     TorchDynamo counts recompilations by code object. A copy of the code for each kind leaves its limit to what
     varies within a kind. ``dynamic=None``: the first length compiles for itself, the second for all others; True:
-    the first for all.
+    the first for all. Numbers that differ from an earlier copy's are inputs to Dynamo, unless the name differs too.
 
     Raises (when called):
         RuntimeError: the recompile limit was met. Dynamo would run eagerly if it were not for ``fullgraph``.
     """
-    return _compiled(f, kind, dynamic)
+    return _compiled(f, kind, dynamic, constants)
 
 
 @functools.cache
-def _compiled(f: types.FunctionType, kind: Hashable, dynamic: bool | None) -> Callable:
-    run, fixed_sizes = torch.compile(_copy(f), fullgraph=True, dynamic=dynamic), None
+def _compiled(f: types.FunctionType, kind: Hashable, dynamic: bool | None, constants: tuple) -> Callable:
+    run, fixed_sizes = torch.compile(_copy(f, constants), fullgraph=True, dynamic=dynamic), None
 
     @functools.wraps(f)
     def call(*args):
@@ -40,7 +40,7 @@ def _compiled(f: types.FunctionType, kind: Hashable, dynamic: bool | None) -> Ca
                         raise
                     # The C++ template replaces a symbol by its text, "ks7" inside "ks79" too, so that some masks
                     # with captured tensors compile for fixed sizes only (torch 2.11 to 2.13): one each from here.
-                    fixed_sizes = torch.compile(_copy(f), fullgraph=True, dynamic=False)
+                    fixed_sizes = torch.compile(_copy(f, constants), fullgraph=True, dynamic=False)
             with torch._dynamo.config.patch(recompile_limit=_FIXED_SIZES):
                 return fixed_sizes(*args)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
@@ -53,6 +53,6 @@ def _compiled(f: types.FunctionType, kind: Hashable, dynamic: bool | None) -> Ca
     return call
 
 
-def _copy(f: types.FunctionType) -> types.FunctionType:
-    code = f.__code__.replace(co_name=f"{f.__name__}_")
+def _copy(f: types.FunctionType, constants: tuple) -> types.FunctionType:
+    code = f.__code__.replace(co_name="_".join((f.__name__, *map(repr, constants), "")))
     return types.FunctionType(code, f.__globals__, f.__name__, f.__defaults__)

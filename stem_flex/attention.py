@@ -202,10 +202,14 @@ def sparse_prefill(
     if name == "flash":
         check_block_lists(_flash, q, k, v)
     kind = (name, q.dtype, q.shape[0] == 1, q.shape[1], *k.shape[1::2], v.shape[3], return_lse, needs_grad)
-    kind = (*kind, tuple(block_mask.BLOCK_SIZE), code_of(block_mask.mask_mod), code_of(score_mod), scale)
-    kind = (*kind, *sorted(merged.items()))
-    dynamic = True if name == "triton" else None  # IS_DIVISIBLE already tells its kernel what a fixed length would
-    return compiled(_flex, kind, dynamic)(q, k, v, block_mask, scale, score_mod, return_lse, merged)
+    # Numbers that vary are Inductor's inputs, which no kernel takes as floats, and FLASH none: they are constants
+    constants = (int, float) if name == "flash" else (float,)
+    mods, numbers = zip(*(code_of(mod, constants) for mod in (block_mask.mask_mod, score_mod)), strict=True)
+    kind = (*kind, tuple(block_mask.BLOCK_SIZE), mods, scale, *sorted(merged.items()))
+    numbers = numbers[0] + numbers[1]
+    # IS_DIVISIBLE tells TRITON's kernel what a fixed length would; dynamic=True would leave floats open
+    dynamic = True if name == "triton" and not numbers else None
+    return compiled(_flex, kind, dynamic, numbers)(q, k, v, block_mask, scale, score_mod, return_lse, merged)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:

@@ -16,10 +16,11 @@ from stem_flex.config import StemConfig
 BACKENDS = ("auto", "triton", "flash", "cpu")
 
 # flex_attention's Triton kernel by largest head dim served, at blocks of 128. On an H100 (torch 2.11, 32/8 heads of
-# 128, operator budget, 128K tokens) 128 x 64 tiles took 73 ms and 128 x 128 in two stages 81 ms; PRESCALE_QK and
-# ROWS_GUARANTEED_SAFE cost 8 % at 32K, and USE_TMA gained 6 % there at the price of another rounding.
+# 128, operator budget, 128K tokens) 128 x 64 tiles in three stages took 68.8 ms, 65.7 with USE_TMA at the same error
+# (which Inductor drops where tensors are not aligned for it), 71 with it in two stages; 128 x 128 tiles in two stages
+# 64.4 with it, but 81 ms where it is dropped. PRESCALE_QK and ROWS_GUARANTEED_SAFE cost 8 % at 32K.
 _TRITON_OPTIONS: tuple[tuple[int, dict], ...] = (
-    (128, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}),
+    (128, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "USE_TMA": True}),
     (256, {}),
 )
 

@@ -360,6 +360,19 @@ def _inside(mod: MaskModFn, geometry: Geometry) -> MaskModFn:
     last_q, last_k = geometry.q_len - 1, geometry.k_len - 1
     if (last_q + 1) % geometry.q_block == 0 and (last_k + 1) % geometry.k_block == 0:
         return mod
+    if geometry.device.type == "cuda":  # FLASH takes no numbers that vary from call to call
+        real_q, real_k = (
+            torch.arange((blocks + 1) * block, dtype=torch.int32, device=geometry.device).clamp(max=last)
+            for blocks, block, last in (
+                (geometry.q_blocks, geometry.q_block, last_q),
+                (geometry.k_blocks, geometry.k_block, last_k),
+            )
+        )
+
+        def inside_by_table(b, h, q, kv):
+            return mod(b, h, real_q[q], real_k[kv])
+
+        return inside_by_table
 
     def inside(b, h, q, kv):
         return mod(b, h, q.clamp(max=last_q), kv.clamp(max=last_k))

@@ -45,6 +45,8 @@ class Layout:
         Memoised when everything is host-known or unchanged, so that the layers of a model share it.
         """
         device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         return bind(self, batch, heads, q_len, k_len, q_offset, kv_len, prompt_len, block_size, device)
 
     # what a layout tells the binding; the defaults are those of "no constraint"

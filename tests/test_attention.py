@@ -136,8 +136,34 @@ class Bias:
 
 
 def test_methods_of_two_objects_are_one_kind_of_call():
-    assert code_of(Bias(0.1).mod) == code_of(Bias(0.2).mod)
-    assert code_of(Bias(0.1).mod) != code_of(lambda score, b, h, q_idx, kv_idx: score)
+    assert code_of(Bias(0.1).mod, ()) == code_of(Bias(0.2).mod, ())
+    assert code_of(Bias(0.1).mod, ()) != code_of(lambda score, b, h, q_idx, kv_idx: score, ())
+    assert code_of(Bias(0.1).mod, (float,)) != code_of(Bias(0.2).mod, (float,))
+
+
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [
+        ("cpu", "cpu"),
+        pytest.param("cuda", "triton", marks=pytest.mark.gpu),
+        pytest.param("cuda", "flash", marks=pytest.mark.gpu),
+    ],
+)
+def test_numbers_that_mods_read_may_vary(make_qkv, device, backend):
+    if backend == "flash":
+        pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+
+    def window(width):
+        return lambda b, h, i, j: (i >= j) & (i - j < width)
+
+    for length, slope, width in ((300, 0.1, 70), (333, 0.3, 90)):
+        q, k, v = make_qkv(B=1, Lq=length, D=64, dtype=dtype, device=device)
+        structure = layout.from_mask_mod(window(width), None, None, length, length)
+        options = {"layout": structure, "score_mod": Bias(slope).mod}
+        out = stem_attention(q, k, v, backend=backend, **options)
+        expected = reference.stem_attention(*(x.cpu() for x in (q, k, v)), **options)
+        torch.testing.assert_close(out.cpu().double(), expected, atol=3e-2 if device == "cuda" else 1e-5, rtol=1e-2)
 
 
 def wrong_mask(**changes):

@@ -9,7 +9,17 @@ transformers = pytest.importorskip("transformers", reason="the hf extra is not i
 
 import stem_flex.integrations.hf as stem_hf  # noqa: E402
 from stem_flex import StemConfig  # noqa: E402
-from tests.hf_models import CASES, KEEP_ALL, SPARSE, TOKENS, padded, prompt, tiny_model  # noqa: E402
+from stem_flex.integrations import hf_attention  # noqa: E402
+from tests.hf_models import (  # noqa: E402
+    CASES,
+    KEEP_ALL,
+    SPARSE,
+    TOKENS,
+    dense_sparse_prefill,
+    padded,
+    prompt,
+    tiny_model,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -52,7 +62,9 @@ def test_sparse_prefill_on_the_card_is_that_of_the_cpu(family):
     model = stem_hf.apply(tiny_model(family), SPARSE, dense_layers=(), min_tokens=0)
     mask = padded("left")
     with torch.no_grad():
-        expected = model(prompt(), attention_mask=mask, use_cache=False).logits
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hf_attention, "sparse_prefill", dense_sparse_prefill)
+            expected = model(prompt(), attention_mask=mask, use_cache=False).logits
         actual = model.cuda()(prompt().cuda(), attention_mask=mask.cuda(), use_cache=False).logits.cpu()
     torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], atol=1e-3, rtol=0)
 
