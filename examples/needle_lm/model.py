@@ -33,6 +33,19 @@ class ModelConfig:
     max_position_embeddings: int = 65536
 
 
+SIZES = {
+    "small": ModelConfig(),
+    "medium": ModelConfig(  # 43.8 M parameters
+        hidden_size=512,
+        num_hidden_layers=12,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        intermediate_size=1408,
+    ),
+    "tiny": ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=16, intermediate_size=64),
+}
+
+
 class _Attention(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ import shutil
 import signal
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import journal  # the first of the slow ones: it takes the time
@@ -27,7 +28,7 @@ from checkpoint import pack, plan, restore, save
 from corpus import VOCABULARY, text_files, tokenize_files, train_tokenizer
 from data import Batches, Sequences, common_words
 from evaluate import evaluate, start_building, tasks, text_loss
-from model import ModelConfig
+from model import SIZES
 from stages import Stage, run_stage
 from tokenizers import Tokenizer
 from trainer import Trainer, choose_attention
@@ -62,6 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eval-seconds", type=float, default=40.0, help="part of the budget kept for the evaluation")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--size", choices=sorted(SIZES), default="small", help="small is the model that is shipped")
     parser.add_argument("--retrain-tokenizer", action="store_true")
     parser.add_argument("--corpus-mb", type=int, default=110)
     parser.add_argument("--samples", type=int, default=32, help="evaluation samples of a family and length")
@@ -71,7 +73,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.tiny:
-        args.corpus_mb, args.samples, args.tokens_per_step, args.workers = 2, 2, 1024, 2
+        args.corpus_mb, args.samples, args.tokens_per_step, args.workers, args.size = 2, 2, 1024, 2, "tiny"
         args.budget_minutes, args.eval_seconds = 5.0, 60.0  # steps, not the clock, end a tiny run
     args.out.mkdir(parents=True, exist_ok=True)
     return args
@@ -149,8 +151,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))  # after the forks: theirs must end them
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=16, intermediate_size=64)
-    config = config if args.tiny else ModelConfig()
+    config = SIZES[args.size]
+    # Wider models take smaller steps; the stages' learning rates are the small one's.
+    narrower = min(1.0, SIZES["small"].hidden_size / config.hidden_size)
+    stages = tuple(replace(stage, lr=stage.lr * narrower) for stage in stages)
     compiled = args.compile == "yes" or (args.compile == "auto" and device.type == "cuda")
     trainer = Trainer(config, device, compiled, log, args.seed)
     if args.resume:
