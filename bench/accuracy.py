@@ -261,8 +261,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"ready after {time.monotonic() - start:.1f} s on {options.device}", flush=True)
         base = StemConfig(sink_blocks=options.sink, local_blocks=options.local)
         study = Study(model, corpus, options, path, start + 60 * options.minutes, base)
-        study.record("environment", **report.environment(), families=options.families, sink=options.sink,
-                     local=options.local, length=options.length)  # fmt: skip
+        model_name = str(ruler.MODEL.relative_to(report.ROOT)) if options.model == ruler.MODEL else options.model.name
+        study.record("environment", **report.environment(), model=model_name, families=options.families,
+                     sink=options.sink, local=options.local, length=options.length)  # fmt: skip
         for part in study.parts():
             try:
                 part()

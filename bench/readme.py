@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .report import RESULTS, ROOT, short
+from .report import RESULTS, ROOT, share, short
 
 START = "<!-- figures: python -m bench.readme writes what stands between these marks -->\n"
 END = "<!-- end of figures -->"
+SHOWN_DENSITIES = {0.15, 0.25}  # of accuracy's: those that the papers speak of
 EMPTY = "No results are committed yet: run `python -m bench.mask` and `python -m bench.prefill` on a GPU.\n"
 
 
@@ -87,22 +88,17 @@ def mask(result: dict[str, Any]) -> str:
 def accuracy(result: dict[str, Any]) -> str:
     """Answers found by selector, density and protocol, with intervals, and the loss added on text."""
     where, cells = result["environment"], result["main"]
-    sparse = sorted({cell["density"] for cell in cells if cell["density"] < 1})
+    sparse = sorted({cell["density"] for cell in cells} & SHOWN_DENSITIES)
     by_name: dict[str, dict[float, dict[str, Any]]] = {}
     for cell in cells:
         by_name.setdefault(cell["selector"], {})[cell["density"]] = cell
 
-    def share(cell: dict[str, Any] | None, protocol: str) -> str:
-        if cell is None:
-            return "-"
-        found = cell[protocol]
-        return f"{found['share']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
-
     rows = []
     for name, found in by_name.items():
         kept = [found.get(density, found.get(1.0)) for density in sparse]
-        text = [f"+{cell['extra_loss']:.3f}" if cell and cell["density"] < 1 else "0" for cell in kept]
-        rows.append([name, *(share(cell, "prompt") for cell in kept), *(share(cell, "all") for cell in kept), *text])
+        text = [f"{cell['extra_loss']:+.3f}" if cell and cell["density"] < 1 else "0" for cell in kept]
+        by_protocol = [share(cell[protocol]) if cell else "-" for protocol in ("prompt", "all") for cell in kept]
+        rows.append([name, *by_protocol, *text])
     heads = [f"{what}, {density:.0%}" for what in ("prompt", "all", "text") for density in sparse]
     counts = sorted({cell["prompt"]["samples"] for cell in cells})
     asked = " to ".join(str(count) for count in sorted({counts[0], counts[-1]}))
@@ -112,6 +108,8 @@ def accuracy(result: dict[str, Any]) -> str:
         f'{asked} prompts a cell, 95 % Wilson intervals. "prompt": the prompt\'s rows are sparse, the answer is '
         f'decoded densely; "all": every row is sparse; "text": nats a token added on unseen text.\n\n'
         + _table(["selector", *heads], rows)
+        + "\nOther densities, ablations, layers and heads are in `bench/results/accuracy.md`.\n\n"
+        + "![accuracy](bench/results/accuracy.png)\n"
     )
 
 

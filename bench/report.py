@@ -105,6 +105,11 @@ def timed(call: Callable[[], Any], device: torch.device, calls: int) -> list[flo
     return [start.elapsed_time(end) for start, end in pairs]
 
 
+def share(cell: dict[str, Any]) -> str:
+    """A share of prompts with its interval."""
+    return f"{cell['share']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
+
+
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)
 
