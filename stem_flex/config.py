@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any, Literal
 
 Metric = Literal["zscore", "log"]
@@ -13,7 +14,7 @@ METRICS: tuple[Metric, ...] = ("zscore", "log")
 SCHEDULES: tuple[Schedule, ...] = ("envelope", "operator", "paper", "fixed")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class StemConfig:
     """Options of Stem's block selection (arXiv 2603.06274), immutable and hashable.
 
@@ -75,6 +76,14 @@ class StemConfig:
         """Tokens of a key block."""
         return self.block_size if isinstance(self.block_size, int) else self.block_size[1]
 
+    def __eq__(self, other: object) -> bool:
+        # a k_start of 1 block is not 1.0 of the blocks
+        same = isinstance(other, StemConfig) and type(self.k_start) is type(other.k_start)
+        return same and _options(self) == _options(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self.k_start), _options(self)))
+
     def __post_init__(self) -> None:
         _check_blocks(self.block_size, self.stride)
         if self.metric not in METRICS:
@@ -101,6 +110,9 @@ def _check_real(name: str, value: object, expected: str, holds) -> None:
         raise TypeError(f"{name} must be {expected}, got {value!r}")
     if not holds(value):
         raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+_options = attrgetter(*(item.name for item in fields(StemConfig)))
 
 
 def _check_blocks(block_size: Any, stride: Any) -> None:

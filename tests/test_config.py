@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
-from stem_flex import StemConfig
+from stem_flex import StemConfig, block_density, stem_block_mask
 
 
 def test_presets_are_the_published_variants():
@@ -23,6 +24,15 @@ def test_configs_are_immutable_hashable_and_keyword_only():
     assert hash(config) == hash(StemConfig())
     with pytest.raises(TypeError):
         StemConfig(128)
+
+
+def test_one_block_is_not_all_of_them():
+    one, all_of_them = (StemConfig(schedule="fixed", k_start=k) for k in (1, 1.0))
+    assert one != all_of_them
+    assert len({one, all_of_them, dataclasses.replace(one)}) == 2
+    x = torch.randn(1, 1, 2048, 16)
+    sparse, dense = (stem_block_mask(x, x, x, config) for config in (one, all_of_them))  # of one binding
+    assert block_density(sparse) < block_density(dense) == 1
 
 
 def test_block_sizes_of_queries_and_keys():
