@@ -8,14 +8,16 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
 
 import stem_flex.integrations.hf as stem_hf  # noqa: E402
-from stem_flex import StemConfig  # noqa: E402
+from stem_flex import StemConfig, reference  # noqa: E402
 from stem_flex.integrations import hf_attention  # noqa: E402
+from stem_flex.tables import block_classes  # noqa: E402
 from tests.hf_models import (  # noqa: E402
     CASES,
     KEEP_ALL,
     SPARSE,
     TOKENS,
     dense_sparse_prefill,
+    kept,
     padded,
     prompt,
     tiny_model,
@@ -80,7 +82,32 @@ def test_a_prefill_in_half_precision_takes_the_fastest_kernel():
         assert (logits - model(ids).logits).norm() <= 0.05 * logits.norm()  # so short a prompt is kept whole
 
 
-def test_a_compiled_model_prefills_and_generates():
+@pytest.fixture
+def checked(monkeypatch):
+    """Every layer's blocks and output against the reference; (blocks that differ, largest error) of each call."""
+    found, build, run = [], hf_attention.stem_block_mask, hf_attention.sparse_prefill
+
+    def checked_mask(q, k, v, config, **keywords):
+        mask = build(q, k, v, config, **keywords)
+        expected = reference.block_keep(*(x.cpu() for x in (q, k, v)), config)
+        found.append([int((kept(mask).cpu() != expected).sum())])
+        return mask
+
+    def checked_run(q, k, v, mask, **keywords):
+        out = run(q, k, v, mask, **keywords)
+        blocks = block_classes(mask).cpu().repeat_interleave(mask.BLOCK_SIZE[0], 2)
+        blocks = blocks.repeat_interleave(mask.BLOCK_SIZE[1], 3)[..., : q.shape[2], : k.shape[2]]
+        tokens = (blocks > 0) & torch.ones(blocks.shape[-2:], dtype=torch.bool).tril()
+        expected, _ = reference.masked_attention(*(x.cpu() for x in (q, k, v)), tokens, scale=keywords["scale"])
+        found[-1].append(float((out.cpu() - expected).abs().max()))
+        return out
+
+    monkeypatch.setattr(hf_attention, "stem_block_mask", checked_mask)
+    monkeypatch.setattr(hf_attention, "sparse_prefill", checked_run)
+    return found
+
+
+def test_a_compiled_model_prefills_and_generates(checked):
     model = stem_hf.apply(tiny_model("llama").cuda(), SPARSE, dense_layers=(), min_tokens=0)
     ids = prompt().cuda()
     with torch.no_grad():
@@ -89,6 +116,8 @@ def test_a_compiled_model_prefills_and_generates():
         with stem_hf.trace() as seen:
             actual = compiled(ids, use_cache=False).logits
         assert seen.count() == {"stem": 2}
+        assert [blocks for blocks, _ in checked] == [0, 0, 0, 0]
+        assert max(error for _, error in checked) <= 1e-4
         torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
         tokens = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
         static = {"cache_implementation": "static", "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
