@@ -24,16 +24,17 @@ def captured_values(f: Callable) -> tuple[Tensor | float, ...]:
     return tuple(x for x in _walk(f, frozenset(), 0, set()) if not isinstance(x, FunctionType))
 
 
-def code_of(f: Callable | None, constants: tuple[type, ...]) -> tuple[tuple, tuple]:
+def code_of(f: Callable | None, constants: tuple[type, ...]) -> tuple[tuple, tuple[str, ...]]:
     """What a compiler compiles, whatever object carries it: the code that ``f`` is and uses, and its constants.
 
-    ``constants`` are the types of numbers that are compiled into the code; others may vary.
+    ``constants`` are the types of numbers that are compiled into the code, given as text, for 1 == 1.0 == True; others
+    may vary.
     """
     if f is None:
         return (), ()
     found = tuple(_walk(f, frozenset(), 0, set()))
     code = tuple(x.__code__ for x in found if isinstance(x, FunctionType))
-    return code or (f,), tuple(x for x in found if isinstance(x, constants))
+    return code or (f,), tuple(repr(x) for x in found if isinstance(x, constants))
 
 
 def state_of(values: tuple) -> tuple:

@@ -11,7 +11,9 @@ import torch
 _FIXED_SIZES = 256  # compilations of a kind of call whose sizes can't be left open
 
 
-def compiled(f: types.FunctionType, kind: Hashable, dynamic: bool | None = None, constants: tuple = ()) -> Callable:
+def compiled(
+    f: types.FunctionType, kind: Hashable, dynamic: bool | None = None, constants: tuple[str, ...] = ()
+) -> Callable:
     """``f`` compiled whole, separately for each ``kind`` and the numbers ``constants``.
 
     TorchDynamo counts recompilations by code object. A copy of the code for each kind leaves its limit to what
@@ -25,7 +27,7 @@ def compiled(f: types.FunctionType, kind: Hashable, dynamic: bool | None = None,
 
 
 @functools.cache
-def _compiled(f: types.FunctionType, kind: Hashable, dynamic: bool | None, constants: tuple) -> Callable:
+def _compiled(f: types.FunctionType, kind: Hashable, dynamic: bool | None, constants: tuple[str, ...]) -> Callable:
     run, fixed_sizes = torch.compile(_copy(f, constants), fullgraph=True, dynamic=dynamic), None
 
     @functools.wraps(f)
@@ -53,6 +55,6 @@ def _compiled(f: types.FunctionType, kind: Hashable, dynamic: bool | None, const
     return call
 
 
-def _copy(f: types.FunctionType, constants: tuple) -> types.FunctionType:
-    code = f.__code__.replace(co_name="_".join((f.__name__, *map(repr, constants), "")))
+def _copy(f: types.FunctionType, constants: tuple[str, ...]) -> types.FunctionType:
+    code = f.__code__.replace(co_name="_".join((f.__name__, *constants, "")))
     return types.FunctionType(code, f.__globals__, f.__name__, f.__defaults__)
