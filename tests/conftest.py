@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -128,3 +128,14 @@ def selections(monkeypatch: pytest.MonkeyPatch) -> list:
 
     monkeypatch.setattr(hf_attention, "stem_block_mask", spy)
     return calls
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """PyTorch fills what the launchers allocate with NaN and the largest int: whatever they forget to write shows."""
+    import torch.utils.deterministic
+
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
