@@ -6,7 +6,6 @@ integers: which key blocks hold an allowed pair, which are allowed throughout. O
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,11 +18,10 @@ from stem_flex.budget import row_budget
 from stem_flex.classes import EMPTY, classify
 from stem_flex.config import StemConfig
 from stem_flex.geometry import Geometry
+from stem_flex.mods import MaskModFn, all_of, causal_mask, inside, interval_mod
 
 if TYPE_CHECKING:
     from stem_flex.layout import Layout
-
-MaskModFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # Columns of BoundLayout.rows; every range is half open.
 LO, HI, FULL_LO, FULL_HI, OWN_LO, OWN_HI, POSITION, PROMPT_BLOCKS = range(8)
@@ -185,13 +183,13 @@ def _bind(layout: Layout, geometry: Geometry, memo: bool) -> BoundLayout:
     parts = layout.parts()
     valid = _intersection([part.valid(geometry) for part in parts])
     spans = _token_spans(parts, geometry, valid)
-    mods = [_inside(mod, geometry) for mod in (part.token_mask(geometry) for part in parts) if mod is not None]
-    mask_mod: MaskModFn = _interval_mod(parts, geometry, spans)
+    mods = [inside(mod, geometry) for mod in (part.token_mask(geometry) for part in parts) if mod is not None]
+    mask_mod: MaskModFn = interval_mod(parts, geometry, spans)
     rows = _rows(parts, geometry, spans, valid)
     classes = None
     if mods:
         plain = geometry.kv_len is None and all(part.token_mask(geometry) for part in parts)
-        mask_mod = _all_of(mods if plain else [mask_mod, *mods])
+        mask_mod = all_of(mods if plain else [mask_mod, *mods])
         classes = _class_table(parts, geometry, mask_mod, spans)
         rows = _rows_of_classes(rows, classes)
     return BoundLayout(
@@ -329,67 +327,6 @@ def from_position(geometry: Geometry, of_token: Tensor) -> Tensor:
         return torch.zeros_like(positions).expand(rows, -1)
     index = positions.clamp(min=0, max=tokens - 1).long().expand(rows, -1)
     return torch.where(positions < tokens, of_token.expand(rows, -1).gather(1, index), 0)
-
-
-def causal_mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-    """mask_mod of plain causal attention."""
-    return q >= kv
-
-
-def _interval_mod(parts: tuple[Layout, ...], geometry: Geometry, spans: Spans) -> MaskModFn:
-    plain = all(part.plain_causal for part in parts) and geometry.kv_len is None
-    if plain and isinstance(geometry.q_offset, int) and geometry.q_offset == 0:
-        return causal_mask
-    start, end = (x.contiguous() for x in torch.broadcast_tensors(*spans))
-    if start.shape[0] == 1:
-        start, end = start[0], end[0]
-
-        def interval_mask(b, h, q, kv):
-            return (kv >= start[q]) & (kv < end[q])
-
-        return interval_mask
-
-    def interval_mask_by_row(b, h, q, kv):
-        return (kv >= start[b, q]) & (kv < end[b, q])
-
-    return interval_mask_by_row
-
-
-def _inside(mod: MaskModFn, geometry: Geometry) -> MaskModFn:
-    """``mod`` that is never asked past the lengths, which flex_attention rounds up to whole blocks."""
-    last_q, last_k = geometry.q_len - 1, geometry.k_len - 1
-    if (last_q + 1) % geometry.q_block == 0 and (last_k + 1) % geometry.k_block == 0:
-        return mod
-    if geometry.device.type == "cuda":  # FLASH takes no numbers that vary from call to call
-        real_q, real_k = (
-            torch.arange((blocks + 1) * block, dtype=torch.int32, device=geometry.device).clamp(max=last)
-            for blocks, block, last in (
-                (geometry.q_blocks, geometry.q_block, last_q),
-                (geometry.k_blocks, geometry.k_block, last_k),
-            )
-        )
-
-        def inside_by_table(b, h, q, kv):
-            return mod(b, h, real_q[q], real_k[kv])
-
-        return inside_by_table
-
-    def inside(b, h, q, kv):
-        return mod(b, h, q.clamp(max=last_q), kv.clamp(max=last_k))
-
-    return inside
-
-
-def _all_of(mods: list[MaskModFn]) -> MaskModFn:
-    first, *rest = mods
-    if not rest:
-        return first
-    second = _all_of(rest)
-
-    def both(b, h, q, kv):
-        return first(b, h, q, kv) & second(b, h, q, kv)
-
-    return both
 
 
 def _class_table(parts, geometry: Geometry, mask_mod: MaskModFn, spans: Spans) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from stem_flex.binding import HI, LO, BoundLayout, causal_mask
+from stem_flex.binding import HI, LO, BoundLayout
 from stem_flex.classes import EMPTY, FULL, PARTIAL, over_tokens
+from stem_flex.mods import causal_mask
 
 
 class MaskReader:

@@ -8,9 +8,10 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from stem_flex._check import check_config, check_qkv
 from stem_flex._impl import resolve
-from stem_flex.binding import BoundLayout, MaskModFn
+from stem_flex.binding import BoundLayout
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
+from stem_flex.mods import MaskModFn
 from stem_flex.score import bind_to, score_options, torch_scores
 from stem_flex.select import budget_rows, select_blocks
 from stem_flex.tables import BlockTables, block_classes, compact, table_shape

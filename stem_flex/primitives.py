@@ -11,8 +11,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from stem_flex._captured import captured_values
 from stem_flex._check import check_rows, check_values
-from stem_flex.binding import BoundLayout, MaskModFn, Spans, bind, from_position
+from stem_flex.binding import BoundLayout, Spans, bind, from_position
 from stem_flex.geometry import Geometry
+from stem_flex.mods import MaskModFn
 
 Side = Literal["left", "right"]
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from stem_flex.binding import BoundLayout, MaskModFn
+from stem_flex.binding import BoundLayout
 from stem_flex.classes import FULL, PARTIAL
+from stem_flex.mods import MaskModFn
 
 _PAIRS_AT_ONCE = 2**25  # pairs of blocks compacted at a time, some 30 bytes each
 
