@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from operator import attrgetter
+from dataclasses import dataclass
 from typing import Any, Literal
 
 Metric = Literal["zscore", "log"]
@@ -78,8 +77,9 @@ class StemConfig:
 
     def __eq__(self, other: object) -> bool:
         # a k_start of 1 block is not 1.0 of the blocks
-        same = isinstance(other, StemConfig) and type(self.k_start) is type(other.k_start)
-        return same and _options(self) == _options(other)
+        if not isinstance(other, StemConfig) or other.__class__ is not self.__class__:
+            return NotImplemented
+        return type(self.k_start) is type(other.k_start) and _options(self) == _options(other)
 
     def __hash__(self) -> int:
         return hash((type(self.k_start), _options(self)))
@@ -112,7 +112,19 @@ def _check_real(name: str, value: object, expected: str, holds) -> None:
         raise ValueError(f"{name} must be {expected}, got {value}")
 
 
-_options = attrgetter(*(item.name for item in fields(StemConfig)))
+def _options(config: StemConfig) -> tuple:
+    # written out, for torch.compile to follow
+    return (
+        config.block_size,
+        config.stride,
+        config.metric,
+        config.value_weight,
+        config.schedule,
+        config.k_start,
+        config.mu,
+        config.sink_blocks,
+        config.local_blocks,
+    )
 
 
 def _check_blocks(block_size: Any, stride: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +26,21 @@ def test_configs_are_immutable_hashable_and_keyword_only():
     assert hash(config) == hash(StemConfig())
     with pytest.raises(TypeError):
         StemConfig(128)
+
+
+def test_configs_are_compared_as_dataclasses_are():
+    config = StemConfig()
+    assert config == mock.ANY
+    assert config != dataclasses.astuple(config)
+    compared = torch.compile(
+        lambda x: x + (config == StemConfig.operator()) + (config in (StemConfig(),)), fullgraph=True
+    )
+    assert compared(torch.zeros(1)) == 1
+    for item in dataclasses.fields(config):
+        other = dataclasses.replace(config)
+        object.__setattr__(other, item.name, "another")
+        assert config != other
+    assert pickle.loads(pickle.dumps(config)) == config
 
 
 def test_one_block_is_not_all_of_them():
