@@ -11,7 +11,7 @@ from stem_flex._impl import resolve
 from stem_flex.binding import BoundLayout
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
-from stem_flex.mods import MaskModFn
+from stem_flex.mods import MaskModFn, below
 from stem_flex.score import bind_to, score_options, torch_scores
 from stem_flex.select import budget_rows, select_blocks
 from stem_flex.tables import BlockTables, block_classes, compact, table_shape
@@ -118,13 +118,11 @@ def assemble(
 
 def _exact_mod(keep: Tensor, bound: BoundLayout) -> MaskModFn:
     q_block, k_block = bound.block_size
-    last_row, last_block = keep.shape[2] - 1, keep.shape[3] - 1
+    real_q, real_k = (below(length, keep.device) for length in bound.seq_lengths)
     inner = bound.mask_mod
 
     def stem_mask(b, h, q, kv):
-        # flex_attention rounds lengths up to its own tiles, which may pass the last block
-        row, block = (q // q_block).clamp(max=last_row), (kv // k_block).clamp(max=last_block)
-        return keep[b, h, row, block] & inner(b, h, q, kv)
+        return keep[b, h, real_q(q) // q_block, real_k(kv) // k_block] & inner(b, h, q, kv)
 
     return stem_mask
 

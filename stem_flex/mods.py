@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 MaskModFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
+_WIDEST_BLOCK = 1024  # tables reach as far as any block or tile that lengths are rounded up to
+
 
 def causal_mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
     """mask_mod of plain causal attention."""
@@ -42,29 +44,30 @@ def interval_mod(parts: tuple[Layout, ...], geometry: Geometry, spans: Spans) ->
     return interval_mask_by_row
 
 
+def below(length: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Cuts the token indices that a mask_mod is asked for, rounded up to whole blocks, to the last, ``length`` - 1.
+
+    On CUDA by a table, two gathers a pair of a partial block: FLASH takes no numbers that vary from call to call, and a
+    mask does not know who will run it.
+    """
+    last = length - 1
+    if device.type != "cuda":
+        return lambda index: index.clamp(max=last)
+    rounded = -(-length // _WIDEST_BLOCK) * _WIDEST_BLOCK
+    table = torch.arange(rounded, dtype=torch.int32, device=device).clamp(max=last)
+    return lambda index: table[index]
+
+
 def inside(mod: MaskModFn, geometry: Geometry) -> MaskModFn:
-    """``mod`` that is never asked past the lengths, which flex_attention rounds up to whole blocks."""
-    last_q, last_k = geometry.q_len - 1, geometry.k_len - 1
-    if (last_q + 1) % geometry.q_block == 0 and (last_k + 1) % geometry.k_block == 0:
+    """``mod`` that is never asked past the lengths."""
+    if geometry.q_len % geometry.q_block == 0 and geometry.k_len % geometry.k_block == 0:
         return mod
-    if geometry.device.type == "cuda":  # FLASH takes no numbers that vary from call to call
-        real_q, real_k = (
-            torch.arange((blocks + 1) * block, dtype=torch.int32, device=geometry.device).clamp(max=last)
-            for blocks, block, last in (
-                (geometry.q_blocks, geometry.q_block, last_q),
-                (geometry.k_blocks, geometry.k_block, last_k),
-            )
-        )
+    real_q, real_k = below(geometry.q_len, geometry.device), below(geometry.k_len, geometry.device)
 
-        def inside_by_table(b, h, q, kv):
-            return mod(b, h, real_q[q], real_k[kv])
+    def inside_mask(b, h, q, kv):
+        return mod(b, h, real_q(q), real_k(kv))
 
-        return inside_by_table
-
-    def inside_by_clamp(b, h, q, kv):
-        return mod(b, h, q.clamp(max=last_q), kv.clamp(max=last_k))
-
-    return inside_by_clamp
+    return inside_mask
 
 
 def all_of(mods: list[MaskModFn]) -> MaskModFn:

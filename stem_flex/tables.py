@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from stem_flex.binding import BoundLayout
 from stem_flex.classes import FULL, PARTIAL
-from stem_flex.mods import MaskModFn
+from stem_flex.mods import MaskModFn, below
 
 _PAIRS_AT_ONCE = 2**25  # pairs of blocks compacted at a time, some 30 bytes each
 
@@ -152,10 +152,10 @@ def block_mask_mod(block_mask: BlockMask) -> MaskModFn:
     batch, heads = classes.shape[:2]
     (q_len, k_len), (q_block, k_block) = block_mask.seq_lengths, block_mask.BLOCK_SIZE
     inner = block_mask.mask_mod
+    real_q, real_k = below(q_len, classes.device), below(k_len, classes.device)
 
     def kept_mask(b, h, q, kv):
-        # lengths are rounded up to the blocks of whoever asks, which may pass this mask's tables
-        q, kv = q.clamp(max=q_len - 1), kv.clamp(max=k_len - 1)
+        q, kv = real_q(q), real_k(kv)
         kept = classes[b if batch > 1 else 0, h if heads > 1 else 0, q // q_block, kv // k_block]
         return (kept == FULL) | ((kept == PARTIAL) & inner(b, h, q, kv))
 
