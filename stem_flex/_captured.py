@@ -5,7 +5,8 @@ from __future__ import annotations
 import dis
 import functools
 from collections.abc import Callable, Iterator
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -24,17 +25,31 @@ def captured_values(f: Callable) -> tuple[Tensor | float, ...]:
     return tuple(x for x in _walk(f, frozenset(), 0, set()) if not isinstance(x, FunctionType))
 
 
-def code_of(f: Callable | None, constants: tuple[type, ...]) -> tuple[tuple, tuple[str, ...]]:
-    """What a compiler compiles, whatever object carries it: the code that ``f`` is and uses, and its constants.
+class Code(NamedTuple):
+    """What a compiler compiles, whatever object carries it.
 
-    ``constants`` are the types of numbers that are compiled into the code, given as text, for 1 == 1.0 == True; others
-    may vary.
+    Attributes:
+        code: of the function and of the functions it uses.
+        numbers: that they read, in order, as text, for 1 == 1.0 == True: the value where it is compiled into the code,
+            else the type.
+        fixed: whether there is any such value.
     """
+
+    code: tuple
+    numbers: tuple[str, ...]
+    fixed: bool
+
+
+def code_of(f: Callable | None, constants: tuple[type, ...]) -> Code:
+    """The :class:`Code` of ``f``, with numbers of the types ``constants`` compiled in."""
     if f is None:
-        return (), ()
+        return Code((), (), False)
     found = tuple(_walk(f, frozenset(), 0, set()))
     code = tuple(x.__code__ for x in found if isinstance(x, FunctionType))
-    return code or (f,), tuple(repr(x) for x in found if isinstance(x, constants))
+    numbers = [x for x in found if isinstance(x, int | float)]
+    fixed = [isinstance(x, constants) for x in numbers]
+    text = (repr(x) if known else type(x).__name__ for x, known in zip(numbers, fixed, strict=True))
+    return Code(code or (f,), tuple(text), any(fixed))
 
 
 def state_of(values: tuple) -> tuple:
@@ -71,7 +86,10 @@ def _inside(x: object, names: frozenset[str]) -> Iterator[object]:
         yield from _held(x)
         for name in _named(x.__code__, _GLOBAL):
             held = x.__globals__.get(name)
-            if isinstance(held, FunctionType) and held.__globals__ is not x.__globals__:
+            if isinstance(held, ModuleType):
+                found = (getattr(held, name, None) for name in sorted(_named(x.__code__, _ATTRIBUTE)))
+                yield from (value for value in found if isinstance(value, Tensor | int | float))
+            elif isinstance(held, FunctionType) and held.__globals__ is not x.__globals__:
                 yield from _held(held)  # of a library's function only what it was made with is data
             else:
                 yield held
@@ -81,7 +99,7 @@ def _inside(x: object, names: frozenset[str]) -> Iterator[object]:
         yield x.__func__
         yield from _attributes(x.__self__, _named(x.__func__.__code__, _ATTRIBUTE))
     elif isinstance(x, dict):
-        yield from x.values()
+        yield from (value for _, value in sorted(x.items(), key=lambda item: repr(item[0])))
     elif isinstance(x, list | tuple | set | frozenset):
         yield from x
     else:
@@ -105,8 +123,8 @@ def _attributes(x: object, names: frozenset[str]) -> Iterator[object]:
         name = todo.pop()
         done.add(name)
         held = own[name] if name in own else getattr(type(x), name, None)
-        if held is None:  # what __getattr__ finds, as the buffers of a module
-            held = getattr(x, name, None)
+        if held is None or isinstance(held, MemberDescriptorType):  # what __getattr__ finds, as a module's buffers, or
+            held = getattr(x, name, None)  # what __slots__ hold
         if isinstance(held, property):
             held = held.fget
         if isinstance(held, FunctionType) and name not in own:

@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import types
+from collections import Counter
 from collections.abc import Callable, Hashable
 
 import torch
 
 _FIXED_SIZES = 256  # compilations of a kind of call whose sizes can't be left open
+MOST_CONSTANTS = 64  # sets of numbers that a kind of call may have compiled in
+
+_constants: Counter[Hashable] = Counter()
+_number = itertools.count()
 
 
 def compiled(
-    f: types.FunctionType, kind: Hashable, dynamic: bool | None = None, constants: tuple[str, ...] = ()
+    f: types.FunctionType, kind: Hashable, dynamic: bool | None = None, constants: Hashable = None
 ) -> Callable:
-    """``f`` compiled whole, separately for each ``kind`` and the numbers ``constants``.
+    """``f`` compiled whole, separately for each ``kind`` and each value of ``constants``, what is compiled in.
 
     TorchDynamo counts recompilations by code object. A copy of the code for each kind leaves its limit to what
     varies within a kind. ``dynamic=None``: the first length compiles for itself, the second for all others; True:
-    the first for all. Numbers that differ from an earlier copy's are inputs to Dynamo, unless the name differs too.
+    the first for all.
 
-    Raises (when called):
-        RuntimeError: the recompile limit was met. Dynamo would run eagerly if it were not for ``fullgraph``.
+    Raises:
+        RuntimeError: a kind met too many values of ``constants``; or, when called, the recompile limit was met, where
+            Dynamo would run eagerly if it were not for ``fullgraph``.
     """
     return _compiled(f, kind, dynamic, constants)
 
 
 @functools.cache
-def _compiled(f: types.FunctionType, kind: Hashable, dynamic: bool | None, constants: tuple[str, ...]) -> Callable:
-    run, fixed_sizes = torch.compile(_copy(f, constants), fullgraph=True, dynamic=dynamic), None
+def _compiled(f: types.FunctionType, kind: Hashable, dynamic: bool | None, constants: Hashable) -> Callable:
+    name = f"{f.__name__}_"
+    if constants is not None:
+        # Dynamo takes a number that differs from that of a code of the same name for an input, so each gets a name.
+        _constants[kind] += 1
+        if _constants[kind] > MOST_CONSTANTS:
+            raise RuntimeError(
+                f"mask_mod and score_mod of one kind of call read more than {MOST_CONSTANTS} different numbers, each "
+                "of which is compiled into code of its own; pass what changes in tensors"
+            )
+        name += f"{next(_number)}_"
+    run, fixed_sizes = torch.compile(_copy(f, name), fullgraph=True, dynamic=dynamic), None
 
     @functools.wraps(f)
     def call(*args):
@@ -42,7 +59,7 @@ def _compiled(f: types.FunctionType, kind: Hashable, dynamic: bool | None, const
                         raise
                     # The C++ template replaces a symbol by its text, "ks7" inside "ks79" too, so that some masks
                     # with captured tensors compile for fixed sizes only (torch 2.11 to 2.13): one each from here.
-                    fixed_sizes = torch.compile(_copy(f, constants), fullgraph=True, dynamic=False)
+                    fixed_sizes = torch.compile(_copy(f, name), fullgraph=True, dynamic=False)
             with torch._dynamo.config.patch(recompile_limit=_FIXED_SIZES):
                 return fixed_sizes(*args)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
@@ -55,6 +72,6 @@ def _compiled(f: types.FunctionType, kind: Hashable, dynamic: bool | None, const
     return call
 
 
-def _copy(f: types.FunctionType, constants: tuple[str, ...]) -> types.FunctionType:
-    code = f.__code__.replace(co_name="_".join((f.__name__, *constants, "")))
+def _copy(f: types.FunctionType, name: str) -> types.FunctionType:
+    code = f.__code__.replace(co_name=name)
     return types.FunctionType(code, f.__globals__, f.__name__, f.__defaults__)

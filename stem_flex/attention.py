@@ -44,7 +44,8 @@ def stem_attention(
         q, k, v, config, layout, q_offset, prompt_len, kv_len, budget: see :func:`stem_flex.stem_block_mask`. Values
             past ``kv_len`` or in padding must be finite: flex_attention multiplies them by zero.
         scale: of the logits, None is 1 / sqrt(D). The choice of blocks does not depend on it.
-        score_mod: flex_attention's, applied to kept pairs.
+        score_mod: flex_attention's, applied to kept pairs. Each float that it or a mask_mod reads, with "flash" each
+            number, is compiled in: pass what changes in tensors.
         backend: "triton" and "flash" (flash-attn-4) on CUDA, "cpu" on the CPU: an explicit one runs the sparse
             path or raises. "auto" takes the fastest that serves the call, and on CUDA runs plain causal prompts
             densely where that is at least as fast; :func:`stem_flex.explain` tells which and why.
@@ -58,7 +59,7 @@ def stem_attention(
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came, and the fix.
         RuntimeError: flex_attention would run eagerly, which is dense: compilation is switched off, or one
-            signature met more than the recompile limit of variants.
+            signature met more than the recompile limit of variants, or more than 64 sets of numbers.
 
     On CUDA gradients flow to q, k, v through the kept pairs with backend "triton"; none through the choice.
     """
@@ -170,7 +171,8 @@ def sparse_prefill(
 
     Arguments as in :func:`stem_attention`; "auto" never replaces the mask by dense attention here. Two
     compilations serve all lengths of a kind of call: on TRITON multiples of 128 and others, elsewhere the first and
-    all later ones.
+    all later ones. A mask_mod or score_mod that reads a float (on FLASH any number) has them for each value, on TRITON
+    up to four.
 
     Raises:
         ValueError: the BlockMask does not fit q and k, or the backend can't serve the call.
@@ -191,7 +193,9 @@ def sparse_prefill(
         needs_grad=needs_grad,
         return_lse=return_lse,
     ).backend
-    merged = {**kernel_options(name, q, k, v, block_size), **(options or {})}
+    merged = kernel_options(name, q, k, v, block_size)
+    if options:
+        merged = {key: value for key, value in merged.items() if key.removeprefix("fwd_") not in options} | options
     if needs_grad and block_mask.q_indices is None:
         raise ValueError(
             "block_mask has no query tables, which gradients need; build it with compute_q_blocks=True, "
@@ -202,13 +206,13 @@ def sparse_prefill(
     if name == "flash":
         check_block_lists(_flash, q, k, v)
     kind = (name, q.dtype, q.shape[0] == 1, q.shape[1], *k.shape[1::2], v.shape[3], return_lse, needs_grad)
-    # Numbers that vary are Inductor's inputs, which no kernel takes as floats, and FLASH none: they are constants
+    # Numbers that vary are Inductor's inputs, which no kernel takes as floats, and FLASH not at all: constants, then.
     constants = (int, float) if name == "flash" else (float,)
-    mods, numbers = zip(*(code_of(mod, constants) for mod in (block_mask.mask_mod, score_mod)), strict=True)
-    kind = (*kind, tuple(block_mask.BLOCK_SIZE), mods, scale, *sorted(merged.items()))
-    numbers = numbers[0] + numbers[1]
+    mods = [code_of(mod, constants) for mod in (block_mask.mask_mod, score_mod)]
+    kind = (*kind, tuple(block_mask.BLOCK_SIZE), *(mod.code for mod in mods), scale, *sorted(merged.items()))
+    numbers = tuple(mod.numbers for mod in mods) if any(mod.fixed for mod in mods) else None
     # IS_DIVISIBLE tells TRITON's kernel what a fixed length would; dynamic=True would leave floats open
-    dynamic = True if name == "triton" and not numbers else None
+    dynamic = True if name == "triton" and numbers is None else None
     return compiled(_flex, kind, dynamic, numbers)(q, k, v, block_mask, scale, score_mod, return_lse, merged)
 
 

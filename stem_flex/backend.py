@@ -20,7 +20,7 @@ BACKENDS = ("auto", "triton", "flash", "cpu")
 # (which Inductor drops where tensors are not aligned for it), 71 with it in two stages; 128 x 128 tiles in two stages
 # 64.4 with it, but 81 ms where it is dropped. PRESCALE_QK and ROWS_GUARANTEED_SAFE cost 8 % at 32K.
 _TRITON_OPTIONS: tuple[tuple[int, dict], ...] = (
-    (128, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "USE_TMA": True}),
+    (128, {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "fwd_USE_TMA": True}),
     (256, {}),
 )
 

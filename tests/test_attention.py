@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask
 
-from stem_flex import StemConfig, layout, reference, stem_attention, stem_block_mask, testing
+from stem_flex import StemConfig, _compiled, layout, reference, stem_attention, stem_block_mask, testing
 from stem_flex._captured import code_of
 from stem_flex._compiled import compiled
 from stem_flex.attention import sparse_prefill
@@ -136,9 +137,51 @@ class Bias:
 
 
 def test_methods_of_two_objects_are_one_kind_of_call():
-    assert code_of(Bias(0.1).mod, ()) == code_of(Bias(0.2).mod, ())
-    assert code_of(Bias(0.1).mod, ()) != code_of(lambda score, b, h, q_idx, kv_idx: score, ())
-    assert code_of(Bias(0.1).mod, (float,)) != code_of(Bias(0.2).mod, (float,))
+    one, two = (code_of(Bias(slope).mod, (float,)) for slope in (0.1, 0.2))
+    assert one.code == two.code != code_of(lambda score, b, h, q_idx, kv_idx: score, (float,)).code
+    assert (one.numbers, two.numbers) == (("0.1",), ("0.2",))
+
+
+def test_more_numbers_than_can_be_compiled_in_are_an_error(monkeypatch):
+    def scaled(x, n):
+        return x * n
+
+    monkeypatch.setattr(_compiled, "MOST_CONSTANTS", 2)
+    for n in (0.5, 1.5, 0.5):
+        assert compiled(scaled, "too many numbers", constants=(str(n),))(torch.ones(1), n) == n
+    with pytest.raises(RuntimeError, match="read more than 2 different numbers"):
+        compiled(scaled, "too many numbers", constants=("2.5",))
+
+
+def test_numbers_may_change_places():
+    def capped_below(cap, width):
+        return lambda score, b, h, i, j: torch.where(i - j < width, cap * torch.tanh(score / cap), score)
+
+    def capped_above(width, cap):
+        return lambda score, b, h, i, j: torch.where(i - j < width, score, cap * torch.tanh(score / cap))
+
+    x = torch.randn(1, 2, 150, 16)
+    for score_mod in (capped_below(0.5, 64), capped_above(64, 0.5), capped_below(64.0, 2)):
+        out = stem_attention(x, x, x, score_mod=score_mod)
+        torch.testing.assert_close(
+            out.double(), reference.stem_attention(x, x, x, score_mod=score_mod), atol=1e-5, rtol=0
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "flash"])
+def test_masks_of_all_lengths_are_one_kind_of_call(make_qkv, backend):
+    if backend == "flash":
+        pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")
+    config, kinds = StemConfig(schedule="fixed", k_start=1, sink_blocks=1, local_blocks=1), set()
+    for length in (700, 900, 1024):
+        q, k, v = make_qkv(B=1, Lq=length, D=64, dtype=torch.bfloat16, device="cuda")
+        every_third = create_block_mask(lambda b, h, i, j: (i >= j) & ((i - j) % 3 == 0), 1, 1, length, length)
+        exact = stem_block_mask(q, k, v, config, mask_mod="exact")
+        for mask in (exact, stem_block_mask(q, k, v, config, layout=layout.from_block_mask(every_third))):
+            testing.assert_matches_dense(mask, q, k, v, backend=backend)
+            kinds.add(code_of(mask.mask_mod, (int, float)))
+    assert len(kinds) <= 2 + 1  # 1024 needs no cut
 
 
 @pytest.mark.parametrize(

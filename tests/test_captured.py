@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import types
 
 import pytest
 import torch
 from torch.nn.attention.flex_attention import and_masks
 
 from stem_flex import layout, reference
+from stem_flex._captured import captured_values, code_of
 
 WINDOW = torch.tensor(8)
 
@@ -60,6 +62,16 @@ class Inherited(Table):
     pass
 
 
+class Slots:
+    __slots__ = ("ids",)
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def mod(self, score, b, h, i, j):
+        return score * self.ids
+
+
 class Module(torch.nn.Module):
     def __init__(self, ids):
         super().__init__()
@@ -83,6 +95,7 @@ HOLDERS = {
     "object in a closure": lambda ids: (lambda table: lambda b, h, i, j: table(b, h, i, j))(Table(ids)),
     "dict": lambda ids: (lambda held: lambda b, h, i, j: held["ids"][i] == held["ids"][j])({"ids": ids}),
     "list": lambda ids: (lambda held: lambda b, h, i, j: held[0][i] == held[0][j])([ids]),
+    "slots": lambda ids: (lambda held: lambda b, h, i, j: held.ids[i] == held.ids[j])(Slots(ids)),
     "keyword default": lambda ids: lambda b, h, i, j, *, t=ids: t[i] == t[j],
 }
 
@@ -97,6 +110,19 @@ def test_a_tensor_is_found_wherever_a_mask_mod_holds_it(holder):
     tokens = reference.token_mask(structure, 1, 1, 64, 64, 0, None)
     assert torch.equal(after, reference.block_classes(tokens, (16, 16)).expand_as(after))
     assert not torch.equal(before, after)
+
+
+def test_numbers_of_modules_and_slots_are_found(monkeypatch):
+    monkeypatch.setattr(types, "WIDTH", 7, raising=False)
+    assert 7 in captured_values(lambda b, h, i, j: i - j < types.WIDTH)
+    assert captured_values(Slots(0.5).mod) == (0.5,)
+
+
+def test_numbers_of_a_dict_are_told_apart_by_its_keys():
+    def reads(held):
+        return code_of(lambda score, b, h, i, j: score * held[0] + held[1], (float,)).numbers
+
+    assert reads({0: 0.5, 1: 0.25}) == reads({1: 0.25, 0: 0.5}) != reads({1: 0.5, 0: 0.25})
 
 
 def test_a_global_partial_read_in_an_inner_function_is_found():
