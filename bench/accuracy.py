@@ -219,6 +219,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="bench.accuracy", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", type=Path, default=ruler.MODEL)
+    parser.add_argument("--model-name", help="what the report calls the model")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--minutes", type=float, default=2.5, help="wall clock from here, imports and the report apart")
     parser.add_argument("--passes", type=int, default=8, help="most passes of the main table")
@@ -237,6 +238,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="measure nothing, draw from accuracy.jsonl")
     options = parser.parse_args(arguments)
     options.device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if options.model_name is None:
+        shipped = options.model == ruler.MODEL
+        options.model_name = f"`{ruler.MODEL.relative_to(report.ROOT) if shipped else options.model.name}`"
     options.ablation_densities, options.probe_every = [ABLATION_DENSITY], 1
     if options.tiny:
         options.families, options.per_family, options.batch, options.passes = list(FAMILIES[:2]), 1, 2, 1
@@ -261,8 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"ready after {time.monotonic() - start:.1f} s on {options.device}", flush=True)
         base = StemConfig(sink_blocks=options.sink, local_blocks=options.local)
         study = Study(model, corpus, options, path, start + 60 * options.minutes, base)
-        model_name = str(ruler.MODEL.relative_to(report.ROOT)) if options.model == ruler.MODEL else options.model.name
-        study.record("environment", **report.environment(), model=model_name, families=options.families,
+        study.record("environment", **report.environment(), model=options.model_name, families=options.families,
                      sink=options.sink, local=options.local, length=options.length)  # fmt: skip
         for part in study.parts():
             try:
