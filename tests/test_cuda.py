@@ -144,7 +144,7 @@ def test_addresses_past_two_to_the_31(by_token):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     whole = stem_block_mask(q, k, v, StemConfig())
     for head in (0, heads - 1):
-        alone = stem_block_mask(*(x[:, head : head + 1] for x in (q, k, v)), StemConfig())
+        alone = stem_block_mask(*(x[:, head : head + 1].contiguous() for x in (q, k, v)), StemConfig())
         for counts, indices in (
             ("kv_num_blocks", "kv_indices"),
             ("full_kv_num_blocks", "full_kv_indices"),
@@ -164,3 +164,5 @@ def test_a_card_that_is_not_the_current_one(qkv, backend):
     actual = stem_attention(*(x.to("cuda:1") for x in tensors), CONFIG, backend=backend)
     assert actual.get_device() == 1
     assert torch.equal(actual.to("cuda:0"), expected)
+    dense = [stem_attention(*(x.to(card) for x in tensors), StemConfig()) for card in ("cuda:0", "cuda:1")]
+    torch.testing.assert_close(dense[1].to("cuda:0"), dense[0])

@@ -71,13 +71,14 @@ def test_sparse_prefill_on_the_card_is_that_of_the_cpu(family):
     torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], atol=1e-3, rtol=0)
 
 
-def test_a_prefill_in_half_precision_takes_the_fastest_kernel():
+def test_dense_layers_and_stem_agree_in_half_precision():
     model = tiny_model("llama", hidden_size=256, num_attention_heads=4, head_dim=64, num_hidden_layers=3)
     model = stem_hf.apply(model.cuda().bfloat16(), StemConfig.operator(), dense_layers=(0,), min_tokens=2)
     ids = prompt(tokens=1000).cuda()
     with torch.no_grad(), stem_hf.trace() as seen:
         logits = model(ids).logits
         assert seen.layers("dense")[0] == 0
+        assert not set(seen.count()) - {"dense", "stem"}
         model.set_attn_implementation("sdpa")
         assert (logits - model(ids).logits).norm() <= 0.05 * logits.norm()  # so short a prompt is kept whole
 
