@@ -148,7 +148,6 @@ class Cells:
     def __init__(self, model: Any, options: argparse.Namespace, watch: Stopwatch):
         self.model, self.options, self.watch = model, options, watch
         self.device = torch.device(options.device)
-        self.warm: dict[str, int] = {}  # how many lengths an implementation has met: two compile everything
 
     def switch(self, name: str) -> None:
         """Give the model one implementation; Stem with its settings, the others as they come."""
@@ -185,8 +184,7 @@ class Cells:
         generator = torch.Generator(device=self.device).manual_seed(length)
         ids = torch.randint(1, 512, (1, length), device=self.device, generator=generator)
         cuda = self.device.type == "cuda"
-        if self.warm.get(name, 0) < 2:
-            self.prefill(ids)
+        self.prefill(ids)  # a length's first prefill may compile
         report.release()
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -198,7 +196,6 @@ class Cells:
             if spent * (len(samples) + 1) / len(samples) > self.options.seconds:
                 break
             samples.append(self.prefill(ids))
-        self.warm[name] = self.warm.get(name, 0) + 1
         cell: dict[str, Any] = {"ms": report.summarize([sample["ttft"] for sample in samples])}
         for part in ("attention", "mask", "rest"):
             cell[f"{part}_ms"] = round(statistics.median(sample[part] for sample in samples), 3)

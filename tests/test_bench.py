@@ -28,13 +28,14 @@ def test_mask(tmp_path):
 def test_prefill(tmp_path):
     from bench import prefill
 
-    rows = prefill.main(["--device", "cpu", "--lengths", "512", "--heads", "2", "--kv-heads", "1", "--seconds", "0.01",
-                         "--repeats", "3", "--no-auto", "--out", str(tmp_path)])  # fmt: skip
-    (row,) = rows
-    assert {"sdpa", "flex", "stem_cpu"} < row.keys()
-    for name in ("sdpa", "flex", "stem_cpu"):
-        assert row[name]["sampled_error"] < 1e-4, row[name]
-    assert row["stem_cpu_speed_up"]["sdpa"] > 0
+    rows = prefill.main(["--device", "cpu", "--lengths", "512,1K", "--heads", "2", "--kv-heads", "1", "--seconds",
+                         "0.0001", "--repeats", "3", "--no-auto", "--out", str(tmp_path)])  # fmt: skip
+    assert [row["tokens"] for row in rows] == [512, 1024]  # the second is expected to take longer than --seconds
+    for row in rows:
+        assert {"sdpa", "flex", "stem_cpu"} < row.keys()
+        for name in ("sdpa", "flex", "stem_cpu"):
+            assert row[name]["sampled_error"] < 1e-4, row[name]
+        assert row["stem_cpu_speed_up"]["sdpa"] > 0
     assert (tmp_path / "prefill.csv").exists()
 
 
