@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from stem_flex import StemConfig, stem_block_mask
 from stem_flex.kernels import scores as scores_module
 from stem_flex.kernels import stem_scores, stem_select, stem_tables
+from stem_flex.tables import block_classes
 from tests.kernel_loops import (
     DEVICE,
     TOLERANCE,
@@ -167,3 +170,20 @@ def test_wrong_input_is_refused(change, error, match):
     q, k, v, options = change(*on(DEVICE, *inputs(1, 1, 1, 64, 64, 16, 16, torch.float32)), OPTIONS)
     with pytest.raises(error, match=match):
         stem_scores(q, k, v, rows, **options)
+
+
+@devices
+def test_modes_see_the_operator(device):
+    seen = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    q, k, v = on(device, *inputs(1, 2, 1, 200, 200, 16, 16, torch.float32))
+    alone = stem_block_mask(q, k, v, StemConfig(block_size=32), impl="triton")
+    with Recorder():
+        watched = stem_block_mask(q, k, v, StemConfig(block_size=32), impl="triton")
+    assert "stem_flex.tables.default" in seen
+    assert torch.equal(block_classes(alone), block_classes(watched))

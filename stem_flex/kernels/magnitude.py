@@ -11,6 +11,8 @@ Model: reads ``12*Kb`` bytes a program (from L2; B*Hkv*ceil(Kb/BLOCKS) programs)
 G = B*Hkv*Kb. 0.5 MB at 128K tokens, 8 heads: microseconds.
 """
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -64,12 +66,15 @@ def _magnitude_kernel(
     tl.store(stats + row + j, value_weight * magnitude, mask=j < k_blocks)
 
 
+@lru_cache(maxsize=256)
+def _magnitude_meta(groups: int, blocks: int, combine: int) -> dict[str, object]:
+    """Compile-time arguments and options."""
+    power = triton.next_power_of_2(groups)
+    return dict(N=groups, NP=power, BLOCKS=blocks, COMBINE=combine, num_warps=MAGNITUDE_WARPS)
+
+
 def magnitude(stats: Tensor, sizes: Sizes, value_weight: float, plan: Plan) -> None:
     """Fill the bias plane of ``stats`` from its statistics (`stem_flex.kernels.pool`), metric ``"zscore"``."""
     programs = sizes.batch * sizes.kv_heads * -(-sizes.k_blocks // BLOCKS)
-    meta = dict(
-        N=sizes.groups, NP=triton.next_power_of_2(sizes.groups), BLOCKS=BLOCKS, COMBINE=COMBINE,
-        num_warps=MAGNITUDE_WARPS,
-    )  # fmt: skip
     args = (stats, sizes.k_blocks, sizes.key_blocks, value_weight)
-    launch(_magnitude_kernel, programs, args, meta, plan, "magnitude")
+    launch(_magnitude_kernel, programs, args, _magnitude_meta(sizes.groups, BLOCKS, COMBINE), plan, "magnitude")

@@ -234,6 +234,20 @@ def _(scores, rows, budget, classes, *, sink, local, partial_columns, width, max
     return empty_tables(*scores.shape, partial_columns, width, scores)
 
 
+def _plain(*tensors: Tensor) -> bool:
+    """Whether nobody watches operators: then the dispatcher, a fifth of the host's time of a short prompt, is skipped.
+
+    Tracers, modes and tensor subclasses see the operator.
+    """
+    return (
+        all(type(x) is Tensor for x in tensors)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._is_torch_function_mode_enabled()
+        and not torch._C._autograd._profiler_enabled()
+    )
+
+
 def stem_tables(
     q: Tensor, k: Tensor, v: Tensor, rows: Tensor, budget: Tensor, classes: Tensor | None = None,
     key_start: Tensor | None = None, key_end: Tensor | None = None, query_start: Tensor | None = None,
@@ -266,7 +280,7 @@ def stem_tables(
         ValueError, TypeError: strides, dtypes, sizes the kernels cannot take. RuntimeError: CPU tensors outside
         Triton's interpreter.
     """
-    return torch.ops.stem_flex.tables.default(
+    return (_tables if _plain(q, k, v) else torch.ops.stem_flex.tables.default)(
         q, k, v, rows, budget, classes, key_start, key_end, query_start, query_end, block_q=block_q, block_k=block_k,
         stride=stride, metric=metric, value_weight=value_weight, sink=sink, local=local,
         partial_columns=partial_columns, width=width, max_key_blocks=max_key_blocks, causal_offset=causal_offset,
