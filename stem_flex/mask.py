@@ -11,7 +11,7 @@ from stem_flex._impl import resolve
 from stem_flex.binding import BoundLayout
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
-from stem_flex.mods import MaskModFn, below
+from stem_flex.mods import MaskModFn, of_blocks
 from stem_flex.score import bind_to, score_options, torch_scores
 from stem_flex.select import budget_rows, select_blocks
 from stem_flex.tables import BlockTables, block_classes, compact, table_shape
@@ -117,12 +117,11 @@ def assemble(
 
 
 def _exact_mod(keep: Tensor, bound: BoundLayout) -> MaskModFn:
-    q_block, k_block = bound.block_size
-    real_q, real_k = (below(length, keep.device) for length in bound.seq_lengths)
+    kept = of_blocks(keep, bound.seq_lengths, bound.block_size)
     inner = bound.mask_mod
 
     def stem_mask(b, h, q, kv):
-        return keep[b, h, real_q(q) // q_block, real_k(kv) // k_block] & inner(b, h, q, kv)
+        return kept(b, h, q, kv) & inner(b, h, q, kv)
 
     return stem_mask
 

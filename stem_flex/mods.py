@@ -44,18 +44,41 @@ def interval_mod(parts: tuple[Layout, ...], geometry: Geometry, spans: Spans) ->
     return interval_mask_by_row
 
 
-def below(length: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+def below(length: int, device: torch.device, block: int = 1) -> Callable[[Tensor], Tensor]:
     """Cuts the token indices that a mask_mod is asked for, rounded up to whole blocks, to the last, ``length`` - 1.
 
-    On CUDA by a table, two gathers a pair of a partial block: FLASH takes no numbers that vary from call to call, and a
-    mask does not know who will run it.
+    With ``block`` the index of the token's block. On CUDA by a table, a gather for each pair of a partial block: FLASH
+    takes no numbers that vary from call to call, and a mask does not know who will run it.
     """
     last = length - 1
     if device.type != "cuda":
-        return lambda index: index.clamp(max=last)
+        return lambda index: index.clamp(max=last) // block
     rounded = -(-length // _WIDEST_BLOCK) * _WIDEST_BLOCK
-    table = torch.arange(rounded, dtype=torch.int32, device=device).clamp(max=last)
+    table = torch.arange(rounded, dtype=torch.int32, device=device).clamp(max=last) // block
     return lambda index: table[index]
+
+
+def of_blocks(table: Tensor, lengths: tuple[int, int], block_size: tuple[int, int]) -> MaskModFn:
+    """The entry of ``table``, (B or 1, H or 1, Qb, Kb), for the blocks of a query and a key, also past the lengths."""
+    row, column = (below(n, table.device, block) for n, block in zip(lengths, block_size, strict=True))
+    # FLASH takes no constants for indices, so what is the same for all rows or heads loses that dimension.
+    batch, heads = (size > 1 for size in table.shape[:2])
+    table = table[slice(None) if batch else 0]
+    table = table.select(-3, 0) if not heads else table
+
+    def of_pair(b, h, q, kv):
+        return table[row(q), column(kv)]
+
+    def of_head(b, h, q, kv):
+        return table[h, row(q), column(kv)]
+
+    def of_batch_row(b, h, q, kv):
+        return table[b, row(q), column(kv)]
+
+    def of_both(b, h, q, kv):
+        return table[b, h, row(q), column(kv)]
+
+    return ((of_pair, of_head), (of_batch_row, of_both))[batch][heads]
 
 
 def inside(mod: MaskModFn, geometry: Geometry) -> MaskModFn:

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from stem_flex.binding import BoundLayout
 from stem_flex.classes import FULL, PARTIAL
-from stem_flex.mods import MaskModFn, below
+from stem_flex.mods import MaskModFn, below, of_blocks
 
 _PAIRS_AT_ONCE = 2**25  # pairs of blocks compacted at a time, some 30 bytes each
 
@@ -149,14 +149,12 @@ def _listed(counts: Tensor, indices: Tensor, k_blocks: int) -> Tensor:
 def block_mask_mod(block_mask: BlockMask) -> MaskModFn:
     """The tokens that a BlockMask computes, by its block lists and its mask_mod, as a mask_mod."""
     classes = block_classes(block_mask)
-    batch, heads = classes.shape[:2]
-    (q_len, k_len), (q_block, k_block) = block_mask.seq_lengths, block_mask.BLOCK_SIZE
+    class_of = of_blocks(classes, block_mask.seq_lengths, block_mask.BLOCK_SIZE)
+    real_q, real_k = (below(length, classes.device) for length in block_mask.seq_lengths)
     inner = block_mask.mask_mod
-    real_q, real_k = below(q_len, classes.device), below(k_len, classes.device)
 
     def kept_mask(b, h, q, kv):
-        q, kv = real_q(q), real_k(kv)
-        kept = classes[b if batch > 1 else 0, h if heads > 1 else 0, q // q_block, kv // k_block]
-        return (kept == FULL) | ((kept == PARTIAL) & inner(b, h, q, kv))
+        kept = class_of(b, h, q, kv)
+        return (kept == FULL) | ((kept == PARTIAL) & inner(b, h, real_q(q), real_k(kv)))
 
     return kept_mask
