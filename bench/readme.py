@@ -17,7 +17,7 @@ EMPTY = "No results are committed yet: run `python -m bench.mask` and `python -m
 
 def figures(results: Path = RESULTS) -> str:
     """The section's text for the results that exist."""
-    tables = {"prefill": prefill, "mask": mask, "accuracy": accuracy}
+    tables = {"prefill": prefill, "ttft": ttft, "mask": mask, "accuracy": accuracy}
     parts = [
         table(json.loads(path.read_text()))
         for name, table in tables.items()
@@ -68,6 +68,27 @@ def prefill(result: dict[str, Any]) -> str:
                "over FA2", "over cuDNN", "over FA4", "TFLOP/s in kept blocks"]  # fmt: skip
     text = _heading(result, "Prefill, median ms, mask building included:")
     return text + _table(columns, rows) + "\n![speed-up](bench/results/prefill.png)\n"
+
+
+def ttft(result: dict[str, Any]) -> str:
+    """Whole models' times to the first token."""
+    where, options = result["environment"], result["options"]
+    names = {"sdpa": "SDPA FlashAttention-2", "fa4": "flash-attn-4", "stem": "Stem"}
+    rows = []
+    for row in result["rows"]:
+        times = [f"{row[name]['ms']['low']:,.0f}" if "ms" in row.get(name, {}) else "-" for name in names]
+        ups = [f"{row[key]:.2f}x" if key in row else "-" for key in ("over_sdpa", "over_fa4")]
+        extra = f"{row['extra_gib']:+.2f}" if "extra_gib" in row else "-"
+        rows.append([row["model"], short(row["tokens"]), *times, *ups, extra])
+    columns = ["model", "tokens", *names.values(), "over SDPA", "over flash-attn-4", "GiB over SDPA"]
+    layers = ", ".join(map(str, options["dense_layers"])) or "none"
+    return (
+        f"Time to the first token of whole models, ms, fastest of {options['repeats']}: `{where['command']}` on one "
+        f"{where['gpu']}: {options['dtype']}, batch 1, {options['config']} budget, dense layers {layers}, torch "
+        f"{where['torch']}, commit {where['commit']}; `llama` is the shape of Llama-3.1-8B.\n\n"
+        + _table(columns, rows)
+        + "\n![time to first token](bench/results/ttft.png)\n"
+    )
 
 
 def mask(result: dict[str, Any]) -> str:
