@@ -57,10 +57,10 @@ def prefill(result: dict[str, Any]) -> str:
     rows = [
         [
             short(row["tokens"]),
-            f"{row.get('stem_flash', row.get('stem_triton', {})).get('density', 1):.1%}",
+            f"{row['stem_flash']['density']:.1%}" if "density" in row.get("stem_flash", {}) else "-",
             *(_ms(row, name) for name in ("fa2", "cudnn", "fa4", "stem_triton", "stem_flash", "stem_auto")),
             *(_up(row, over) for over in ("fa2", "cudnn", "fa4")),
-            f"{row.get('stem_flash', {}).get('tflops', 0):.0f}",
+            f"{row['stem_flash']['tflops']:.0f}" if "tflops" in row.get("stem_flash", {}) else "-",
         ]
         for row in result["rows"]
     ]

@@ -262,9 +262,8 @@ def present(rows: list[dict[str, Any]], options: argparse.Namespace, header: dic
     ]
     machine = header["environment"]["gpu"] or "CPU"
     layers = ", ".join(map(str, options.dense_layers)) or "none"
-    title = (
-        f"Time to first token, {machine}, {options.dtype}, batch 1, dense layers {layers}, fastest of {options.repeats}"
-    )
+    name = f"Time to first token, {machine}"
+    title = f"{name}, {options.dtype}, batch 1, dense layers {layers}, fastest of {options.repeats}"
     report.show(title, columns, body, notes)
     path = report.write(options.out, "ttft", rows, **header)
     table = [columns, ["---", *["---:"] * (len(columns) - 1)], *body]
