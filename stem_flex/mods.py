@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MaskModFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-_WIDEST_BLOCK = 1024  # tables reach as far as any block or tile that lengths are rounded up to
+_WIDEST_BLOCK = 2**14  # tables reach as far as any block or tile that lengths are rounded up to
 
 
 def causal_mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -53,6 +53,7 @@ def below(length: int, device: torch.device, block: int = 1) -> Callable[[Tensor
     last = length - 1
     if device.type != "cuda":
         return lambda index: index.clamp(max=last) // block
+    # A mask of narrower blocks may be composed with one of wider ones.
     rounded = -(-length // _WIDEST_BLOCK) * _WIDEST_BLOCK
     table = torch.arange(rounded, dtype=torch.int32, device=device).clamp(max=last) // block
     return lambda index: table[index]
@@ -78,7 +79,9 @@ def of_blocks(table: Tensor, lengths: tuple[int, int], block_size: tuple[int, in
     def of_both(b, h, q, kv):
         return table[b, h, row(q), column(kv)]
 
-    return ((of_pair, of_head), (of_batch_row, of_both))[batch][heads]
+    if batch:  # sizes may be symbols, which index nothing
+        return of_both if heads else of_batch_row
+    return of_head if heads else of_pair
 
 
 def inside(mod: MaskModFn, geometry: Geometry) -> MaskModFn:

@@ -27,3 +27,14 @@ def test_tables_are_read_by_block_whatever_they_are_shared_by(batch, heads, devi
     q, kv = torch.arange(256, device=device)[:, None], torch.arange(224, device=device)
     expected = table.expand(3, 2, 4, 7)[b, h, q.clamp(max=199) // 64, kv.clamp(max=209) // 32]
     assert torch.equal(read(b, h, q, kv).expand(3, 2, -1, -1), expected)
+
+
+def test_sizes_may_be_symbols():
+    @torch.compile(fullgraph=True, dynamic=True, backend="eager")
+    def read(table, b, h, q, kv):
+        return of_blocks(table, (200, 210), (64, 32))(b, h, q, kv)
+
+    index = [torch.tensor([i, i]) for i in (1, 1, 130, 70)]
+    for batch in (2, 3):
+        table = torch.randint(100, (batch, 2, 4, 7))
+        assert torch.equal(read(table, *index), table[1, 1, 2, 2].expand(2))
