@@ -187,3 +187,19 @@ def test_modes_see_the_operator(device):
         watched = stem_block_mask(q, k, v, StemConfig(block_size=32), impl="triton")
     assert "stem_flex.tables.default" in seen
     assert torch.equal(block_classes(alone), block_classes(watched))
+
+
+@devices
+def test_transforms_and_traces_see_the_operator(device):
+    q, k, v = on(device, *inputs(1, 2, 1, 200, 200, 16, 16, torch.float32))
+    config = StemConfig(block_size=32)
+    alone = stem_block_mask(q, k, v, config, impl="triton")
+
+    def kept(q):
+        return q.sum() + stem_block_mask(q, k, v, config, impl="triton").full_kv_num_blocks.sum()
+
+    expected = torch.func.grad(lambda q: q.sum())(q)
+    assert torch.equal(torch.func.grad(kept)(q), expected)
+    traced = torch.jit.trace(kept, (q,), check_trace=False)
+    assert "stem_flex::tables" in str(traced.graph)
+    assert torch.equal(traced(q), q.sum() + alone.full_kv_num_blocks.sum())

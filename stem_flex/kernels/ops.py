@@ -237,11 +237,13 @@ def _(scores, rows, budget, classes, *, sink, local, partial_columns, width, max
 def _plain(*tensors: Tensor) -> bool:
     """Whether nobody watches operators: then the dispatcher, a fifth of the host's time of a short prompt, is skipped.
 
-    Tracers, modes and tensor subclasses see the operator.
+    Tracers, modes, functorch's transforms, meta tensors and tensor subclasses see the operator.
     """
     return (
-        all(type(x) is Tensor for x in tensors)
+        all(type(x) is Tensor and not x.is_meta for x in tensors)
         and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._is_torch_function_mode_enabled()
         and not torch._C._autograd._profiler_enabled()
