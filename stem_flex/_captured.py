@@ -19,8 +19,8 @@ _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
 def captured_values(f: Callable) -> tuple[Tensor | float, ...]:
     """Tensors and numbers that ``f`` and what it uses read.
 
-    Looks through closures, defaults, module globals, partials, methods, containers, and the attributes of objects that
-    the code names.
+    Looks through closures, defaults, module globals, partials, methods, containers, and the attributes of objects and
+    modules that the code names; not at modules imported inside ``f``, nor at what other modules' functions read there.
     """
     return tuple(x for x in _walk(f, frozenset(), 0, set()) if not isinstance(x, FunctionType))
 
@@ -83,12 +83,12 @@ def _walk(x: object, names: frozenset[str], depth: int, seen: set[int]) -> Itera
 
 def _inside(x: object, names: frozenset[str]) -> Iterator[object]:
     if isinstance(x, FunctionType):
-        yield from _held(x)
+        for held in _held(x):
+            yield from _of_module(held, x) if isinstance(held, ModuleType) else (held,)
         for name in _named(x.__code__, _GLOBAL):
             held = x.__globals__.get(name)
             if isinstance(held, ModuleType):
-                found = (getattr(held, name, None) for name in sorted(_named(x.__code__, _ATTRIBUTE)))
-                yield from (value for value in found if isinstance(value, Tensor | int | float))
+                yield from _of_module(held, x)
             elif isinstance(held, FunctionType) and held.__globals__ is not x.__globals__:
                 yield from _held(held)  # of a library's function only what it was made with is data
             else:
@@ -104,6 +104,16 @@ def _inside(x: object, names: frozenset[str]) -> Iterator[object]:
         yield from x
     else:
         yield from _attributes(x, names | {"__call__"} if callable(x) else names)
+
+
+def _of_module(module: ModuleType, f: FunctionType) -> Iterator[object]:
+    """The tensors and numbers of ``module`` that ``f`` names, and what its functions among them were made with."""
+    for name in sorted(_named(f.__code__, _ATTRIBUTE)):
+        held = module.__dict__.get(name)
+        if isinstance(held, FunctionType):
+            yield from _held(held)
+        elif isinstance(held, Tensor | int | float):
+            yield held
 
 
 def _held(f: FunctionType) -> Iterator[object]:
