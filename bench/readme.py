@@ -12,6 +12,7 @@ from .report import RESULTS, ROOT, share, short
 START = "<!-- figures: python -m bench.readme writes what stands between these marks -->\n"
 END = "<!-- end of figures -->"
 SHOWN_DENSITIES = {0.15, 0.25}  # of accuracy's: those that the papers speak of
+STEMS = ("stem_flash", "stem_triton")
 EMPTY = "No results are committed yet: run `python -m bench.mask` and `python -m bench.prefill` on a GPU.\n"
 
 
@@ -57,7 +58,7 @@ def prefill(result: dict[str, Any]) -> str:
     rows = [
         [
             short(row["tokens"]),
-            f"{row['stem_flash']['density']:.1%}" if "density" in row.get("stem_flash", {}) else "-",
+            next((f"{row[name]['density']:.1%}" for name in STEMS if "density" in row.get(name, {})), "-"),
             *(_ms(row, name) for name in ("fa2", "cudnn", "fa4", "stem_triton", "stem_flash", "stem_auto")),
             *(_up(row, over) for over in ("fa2", "cudnn", "fa4")),
             f"{row['stem_flash']['tflops']:.0f}" if "tflops" in row.get("stem_flash", {}) else "-",
@@ -76,15 +77,15 @@ def ttft(result: dict[str, Any]) -> str:
     names = {"sdpa": "SDPA FlashAttention-2", "fa4": "flash-attn-4", "stem": "Stem"}
     rows = []
     for row in result["rows"]:
-        times = [f"{row[name]['ms']['low']:,.0f}" if "ms" in row.get(name, {}) else "-" for name in names]
+        times = [f"{row[name]['fastest_ms']:,.0f}" if "ms" in row.get(name, {}) else "-" for name in names]
         ups = [f"{row[key]:.2f}x" if key in row else "-" for key in ("over_sdpa", "over_fa4")]
         extra = f"{row['extra_gib']:+.2f}" if "extra_gib" in row else "-"
         rows.append([row["model"], short(row["tokens"]), *times, *ups, extra])
     columns = ["model", "tokens", *names.values(), "over SDPA", "over flash-attn-4", "GiB over SDPA"]
     layers = ", ".join(map(str, options["dense_layers"])) or "none"
     return (
-        f"Time to the first token of whole models, ms, fastest of {options['repeats']}: `{where['command']}` on one "
-        f"{where['gpu']}: {options['dtype']}, batch 1, {options['config']} budget, dense layers {layers}, torch "
+        f"Time to the first token of whole models, ms, fastest of up to {options['repeats']}: `{where['command']}` "
+        f"on one {where['gpu']}: {options['dtype']}, batch 1, {options['config']} budget, dense layers {layers}, torch "
         f"{where['torch']}, commit {where['commit']}; `llama` is the shape of Llama-3.1-8B.\n\n"
         + _table(columns, rows)
         + "\n![time to first token](bench/results/ttft.png)\n"
