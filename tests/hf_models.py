@@ -111,6 +111,14 @@ def tiny_model(model_type: str, **options: Any) -> Any:
     return model
 
 
+def own_attention(model: Any) -> Any:
+    """The attention that is the model: sdpa drops a softcap without a word, eager applies it."""
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
+    return model
+
+
 def dense_sparse_prefill(
     q: Tensor,
     k: Tensor,

@@ -22,6 +22,7 @@ from tests.hf_models import (  # noqa: E402
     KEEP_ALL,
     SPARSE,
     TOKENS,
+    own_attention,
     prompt,
     skip_if_old,
     tiny_model,
@@ -46,14 +47,6 @@ COMPILED = ("llama", "gemma2")
 
 # What transformers itself does not run: this family's cache is one of its own.
 UNSERVED = {"minimax": ("dynamic cache", "static cache", "chunked generate")}
-
-
-def own_attention(model):
-    """The attention that is the model: sdpa drops a softcap without a word, eager applies it."""
-    config = model.config.get_text_config()
-    if getattr(config, "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")
-    return model
 
 
 def check_family(family, cases=CASES):

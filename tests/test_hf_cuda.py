@@ -18,6 +18,7 @@ from tests.hf_models import (  # noqa: E402
     TOKENS,
     dense_sparse_prefill,
     kept,
+    own_attention,
     padded,
     prompt,
     tiny_model,
@@ -33,14 +34,6 @@ WHAT = [
     ("llama4_text", ("right padding",)),
     ("deepseek_v3", ("left padding",)),
 ]
-
-
-def own_attention(model):
-    """The attention that is the model: of softcap and sinks sdpa knows nothing."""
-    config = model.config.get_text_config()
-    if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss":
-        model.set_attn_implementation("eager")
-    return model
 
 
 @pytest.mark.parametrize(("family", "cases"), WHAT)
