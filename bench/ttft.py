@@ -271,7 +271,7 @@ def present(rows: list[dict[str, Any]], options: argparse.Namespace, header: dic
     (options.out / "ttft.md").write_text(f"{title}:\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in table))
     picture = plots.panels(
         options.out / "ttft.png",
-        f"Time to first token, {machine}",
+        name,
         [_panel(rows, model, names) for model in options.models],
     )
     print(f"wrote {path}, {options.out / 'ttft.md'}" + (f" and {picture}" if picture else ""))
