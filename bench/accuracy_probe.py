@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stem_flex.plumbing.tables import block_classes
 from stem_flex.select import forced_blocks
 from stem_flex.selectors.oracle import block_mass
-from stem_flex.tables import block_classes
 
 from . import attend
 from .ruler import Batch

@@ -32,9 +32,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging
 
 import stem_flex.integrations.hf as stem_hf
-from stem_flex._impl import installed
-from stem_flex.backend import flash_attn_func
 from stem_flex.integrations import hf_attention, hf_masks
+from stem_flex.plumbing.backend import flash_attn_func
+from stem_flex.plumbing.implementation import installed
 
 from . import plots, report
 from .mask import choose_config

@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 
 from stem_flex import block_density
 from stem_flex.integrations import hf_attention
-from stem_flex.tables import block_classes
+from stem_flex.plumbing.tables import block_classes
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from stem_flex import layout
 from stem_flex.attention import explain, stem_attention
 from stem_flex.budget import tpd_budget
-from stem_flex.compose import compose
+from stem_flex.composition import compose
 from stem_flex.config import StemConfig
 from stem_flex.diagnostics import block_density
 from stem_flex.mask import stem_block_mask

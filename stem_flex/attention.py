@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,15 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from stem_flex._captured import code_of
-from stem_flex._check import check_config, check_mod, check_qkv, check_scale
-from stem_flex._compiled import compiled
-from stem_flex.backend import Decision, choose, kernel_options
+from stem_flex.budget import Budget, causal_density
 from stem_flex.config import StemConfig
-from stem_flex.dense import dense_causal
+from stem_flex.diagnostics.selftest import check_block_lists
 from stem_flex.layout import Layout
 from stem_flex.mask import stem_block_mask
-from stem_flex.selftest import check_block_lists
+from stem_flex.plumbing.backend import Decision, choose, kernel_options
+from stem_flex.plumbing.captured import code_of
+from stem_flex.plumbing.checks import check_config, check_mod, check_qkv, check_scale
+from stem_flex.plumbing.compiled import compiled
+from stem_flex.plumbing.dense import dense_causal
+from stem_flex.selectors import Selector
 
 
 def stem_attention(
@@ -35,14 +38,16 @@ def stem_attention(
     score_mod: Callable | None = None,
     backend: str = "auto",
     return_lse: bool = False,
-    budget: int | Tensor | None = None,
+    selector: str | Selector | None = None,
+    budget: int | Tensor | Budget | None = None,
     options: dict | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the key blocks that Stem keeps: ``softmax(q k^T scale) v``, block-sparse and compiled.
 
     Args:
-        q, k, v, config, layout, q_offset, prompt_len, kv_len, budget: see :func:`stem_flex.stem_block_mask`. Values
-            past ``kv_len`` or in padding must be finite: flex_attention multiplies them by zero.
+        q, k, v, config, layout, q_offset, prompt_len, kv_len, selector, budget: see
+            :func:`stem_flex.stem_block_mask`. Values past ``kv_len`` or in padding must be finite: flex_attention
+            multiplies them by zero.
         scale: of the logits, None is 1 / sqrt(D). The choice of blocks does not depend on it.
         score_mod: flex_attention's, applied to kept pairs. Each float that it or a mask_mod reads, with "flash" each
             number, is compiled in: pass what changes in tensors.
@@ -50,7 +55,7 @@ def stem_attention(
             path or raises. "auto" takes the fastest that serves the call, and on CUDA runs plain causal prompts
             densely where that is at least as fast; :func:`stem_flex.explain` tells which and why.
         return_lse: also the natural-log sum of exponentials of the kept logits, float32 (B, Hq, Lq). Not on CPU.
-        options: flex_attention kernel options that override the measured ones of ``stem_flex.backend``.
+        options: flex_attention kernel options that override the measured ones of ``stem_flex.plumbing.backend``.
 
     Returns:
         (B, Hq, Lq, Dv) in q's dtype; with ``return_lse`` a pair. A query that may attend to nothing (padding)
@@ -77,6 +82,7 @@ def stem_attention(
         score_mod=score_mod,
         backend=backend,
         return_lse=return_lse,
+        selector=selector,
         budget=budget,
     )
     if decision.dense and not options:
@@ -91,6 +97,7 @@ def stem_attention(
         q_offset=q_offset,
         prompt_len=prompt_len,
         kv_len=kv_len,
+        selector=selector,
         budget=budget,
         compute_q_blocks=_needs_grad(q, k, v),
     )
@@ -120,7 +127,8 @@ def explain(
     score_mod: Callable | None = None,
     backend: str = "auto",
     return_lse: bool = False,
-    budget: int | Tensor | None = None,
+    selector: str | Selector | None = None,
+    budget: int | Tensor | Budget | None = None,
 ) -> Decision:
     """What :func:`stem_attention` would run for these arguments, and why. Runs nothing.
 
@@ -141,15 +149,16 @@ def explain(
         and (prompt_len is None or _is_int(prompt_len, q.shape[2]))
         and score_mod is None
         and not return_lse
+        and selector is None
         and budget is None
     )
+    density = functools.partial(causal_density, -(-q.shape[2] // config.key_block), config)
     return choose(
         q,
         v,
-        config,
         backend=backend,
         block_size=(config.query_block, config.key_block),
-        plain=plain,
+        plain_density=density if plain else None,
         needs_grad=_needs_grad(q, k, v),
         return_lse=return_lse,
     )
@@ -186,10 +195,9 @@ def sparse_prefill(
     name = choose(
         q,
         v,
-        None,
         backend=backend,
         block_size=block_size,
-        plain=False,
+        plain_density=None,
         needs_grad=needs_grad,
         return_lse=return_lse,
     ).backend

@@ -1,14 +1,17 @@
-"""Token Position-Decay (TPD): how many key blocks each row of query blocks may keep."""
+"""How many key blocks each row of query blocks may keep: Token Position-Decay (TPD), and rules to give instead."""
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from stem_flex._check import check_config
 from stem_flex.config import StemConfig
+from stem_flex.plumbing.binding import BoundLayout
+from stem_flex.plumbing.checks import check_config
 
 _PAPER_FLOOR = 54  # the paper's smallest k_start, in blocks
 
@@ -137,3 +140,103 @@ def _two_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def _upper_half(x: Tensor) -> Tensor:
     scaled = x * 134217729.0  # 2**27 + 1 splits a float64's 53 bits in two
     return scaled - (scaled - x)
+
+
+@functools.lru_cache(maxsize=1024)
+def causal_density(num_blocks: int, config: StemConfig) -> float:
+    """Largest part of a causal prompt's block pairs that its budget and forced blocks keep, 1.0 = dense."""
+    candidates = torch.arange(1, num_blocks + 1)
+    kept = tpd_budget(num_blocks, config) + config.sink_blocks + config.local_blocks
+    return float(torch.minimum(kept, candidates).sum() / candidates.sum())
+
+
+class Budget:
+    """A rule for how many blocks each row keeps, the best scores first. The forced blocks are united with them.
+
+    One object serves the mask, the attention, transformers and the benchmarks: ``budget=`` takes it everywhere.
+    """
+
+    def counts(
+        self, bound: BoundLayout, config: StemConfig, batch: int, heads: int, scores: Tensor | None = None
+    ) -> Tensor:
+        """Blocks that each row keeps, int32, broadcastable to (batch, heads, Qb). Nothing waits for the device.
+
+        Args:
+            bound: the layout at the sizes of q and k.
+            config: the caller's options.
+            batch, heads: of q.
+            scores: float32 (batch, heads, Qb, Kb), -inf where the layout allows nothing; given if ``needs_scores``.
+        """
+        raise NotImplementedError
+
+    def most(self, bound: BoundLayout, config: StemConfig) -> int:
+        """No row's count is larger. Known without the device: tables are as wide."""
+        return bound.k_blocks
+
+    needs_scores = False
+
+
+class Schedule(Budget):
+    """The configuration's own schedule, :func:`tpd_budget`, of the prompt that each row belongs to."""
+
+    def counts(self, bound, config, batch, heads, scores=None):
+        return bound.remembered(config, lambda: row_budget(bound.position, bound.prompt_blocks, config)[:, None])
+
+    def most(self, bound, config):
+        return bound.k_blocks if bound.longest_prompt is None else largest_budget(bound.longest_prompt, config)
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks(Budget):
+    """Counts of blocks given by the caller.
+
+    Args:
+        blocks: an int of at least 1, or an int tensor (Qb,), (Hq, Qb) or (B, Hq, Qb) on q's device. With a tensor
+            on a GPU the tables are Kb wide, since its largest entry can't be read without waiting.
+    """
+
+    blocks: int | Tensor
+
+    def __post_init__(self) -> None:
+        given = self.blocks
+        if isinstance(given, Tensor):
+            if given.is_floating_point() or given.dtype == torch.bool:
+                raise TypeError(f"budget must hold integers, got {given.dtype}")
+            return
+        if isinstance(given, bool) or not isinstance(given, int):
+            raise TypeError(f"budget must be an int or an int tensor, got {given!r}; or a rule of stem_flex.budget")
+        if given < 1:
+            raise ValueError(f"budget must be at least 1 block, got {given}")
+
+    def counts(self, bound, config, batch, heads, scores=None):
+        given = self.blocks
+        if not isinstance(given, Tensor):
+            kept = min(given, bound.k_blocks)
+            return torch.full((1, 1, bound.q_blocks), kept, dtype=torch.int32, device=bound.rows.device)
+        rows = given.reshape((1,) * (3 - given.dim()) + tuple(given.shape)) if given.dim() <= 3 else given
+        sizes = zip(rows.shape, (batch, heads, bound.q_blocks), strict=False)
+        if rows.dim() != 3 or any(have not in (1, size) for have, size in sizes):
+            raise ValueError(
+                f"budget must have shape ({bound.q_blocks},), ({heads}, {bound.q_blocks}) or ({batch}, {heads}, "
+                f"{bound.q_blocks}), got {tuple(given.shape)}"
+            )
+        if given.device != bound.rows.device:
+            raise ValueError(f"budget must be on q's device {bound.rows.device}, got {given.device}")
+        return rows.clamp(min=1, max=bound.k_blocks).to(torch.int32)
+
+    def most(self, bound, config):
+        if not isinstance(self.blocks, Tensor):
+            return min(self.blocks, bound.k_blocks)
+        if self.blocks.is_cuda or torch.compiler.is_compiling():
+            return bound.k_blocks
+        return min(max(int(self.blocks.max()), 1), bound.k_blocks)
+
+
+def rule_of(budget: int | Tensor | Budget | None) -> Budget:
+    """The rule that a ``budget=`` argument stands for; None is the configuration's own."""
+    if budget is None:
+        return _SCHEDULE
+    return budget if isinstance(budget, Budget) else Blocks(budget)
+
+
+_SCHEDULE = Schedule()

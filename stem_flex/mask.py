@@ -6,15 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from stem_flex._check import check_config, check_qkv
-from stem_flex._impl import resolve
-from stem_flex.binding import BoundLayout
+from stem_flex import selectors
+from stem_flex.budget import Budget, rule_of
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
-from stem_flex.mods import MaskModFn, of_blocks
-from stem_flex.score import bind_to, score_options, torch_scores
-from stem_flex.select import budget_rows, select_blocks
-from stem_flex.tables import BlockTables, block_classes, compact, table_shape
+from stem_flex.plumbing.binding import BoundLayout
+from stem_flex.plumbing.checks import check_config, check_qkv
+from stem_flex.plumbing.implementation import resolve
+from stem_flex.plumbing.mods import MaskModFn, of_blocks
+from stem_flex.plumbing.tables import BlockTables, block_classes, compact, table_shape
+from stem_flex.score import bind_to
+from stem_flex.select import select_blocks
+from stem_flex.selectors import Selector
 
 
 def stem_block_mask(
@@ -27,7 +30,8 @@ def stem_block_mask(
     q_offset: int | Tensor = 0,
     prompt_len: int | Tensor | None = None,
     kv_len: int | Tensor | None = None,
-    budget: int | Tensor | None = None,
+    selector: str | Selector | None = None,
+    budget: int | Tensor | Budget | None = None,
     impl: str = "auto",
     mask_mod: str = "layout",
     compute_q_blocks: bool = False,
@@ -51,8 +55,10 @@ def stem_block_mask(
             given: padded queries may stand past it.
         kv_len: valid keys of a longer buffer, int or int (B,). None: all. Tensors on the CPU are checked as ints are;
             of CUDA tensors, whose check would wait for the device, the values must be right.
-        budget: blocks to keep instead of the schedule's: an int, or an int tensor (Qb,), (Hq, Qb) or
-            (B, Hq, Qb).
+        selector: how block pairs are scored, by name or as an object (:mod:`stem_flex.selectors`). None: by Stem, with
+            ``config`` to the letter; others bring settings of their own.
+        budget: blocks to keep instead of the schedule's: an int, an int tensor (Qb,), (Hq, Qb) or (B, Hq, Qb), or
+            any other rule of :mod:`stem_flex.budget`.
         impl: "triton", "torch", or "auto": Triton for CUDA tensors. Nothing falls back silently.
         mask_mod: "layout": the BlockMask's mask_mod is the layout's token mask. "exact": it also encodes the
             selection, B Hq Qb Kb bytes, for eager use, debugging and ``create_block_mask``.
@@ -65,17 +71,14 @@ def stem_block_mask(
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came, and the fix.
     """
-    config = check_config(config)
+    selector = selectors.resolve(selector)
+    config = selector.configured(check_config(config))
     check_qkv(q, k, v)
     if mask_mod not in ("layout", "exact"):
         raise ValueError(f"mask_mod must be 'layout' or 'exact', got {mask_mod!r}")
     q, k, v = q.detach(), k.detach(), v.detach()
     bound = bind_to(q, k, layout, q_offset=q_offset, kv_len=kv_len, prompt_len=prompt_len, config=config)
-    if resolve(impl, q) == "triton":
-        tables = _triton_tables(q, k, v, bound, config, budget)
-    else:
-        scores = torch_scores(q, k, v, bound, config)
-        tables = select_blocks(scores, bound, config, budget=budget, impl="torch")
+    tables = _chosen(q, k, v, bound, config, selector, budget, resolve(impl, q))
     return assemble(tables, bound, exact=mask_mod == "exact", compute_q_blocks=compute_q_blocks)
 
 
@@ -116,6 +119,25 @@ def assemble(
     return mask
 
 
+def _chosen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bound: BoundLayout,
+    config: StemConfig,
+    selector: Selector,
+    budget: int | Tensor | Budget | None,
+    impl: str,
+) -> BlockTables:
+    """Score, then select. A selector's ``fused`` is the Triton backend of the pair, which holds no score matrix."""
+    rule = rule_of(selector.budget if budget is None else budget)
+    if impl == "triton" and selector.fused is not None and not rule.needs_scores:
+        return selector.fused(q, k, v, bound, config, rule)
+    given = {"impl": impl} if selector.has_kernels else {}
+    scores = selector.scores(q, k, v, config, layout=bound, **given)
+    return select_blocks(scores, bound, config, budget=rule, impl=impl)
+
+
 def _exact_mod(keep: Tensor, bound: BoundLayout) -> MaskModFn:
     kept = of_blocks(keep, bound.seq_lengths, bound.block_size)
     inner = bound.mask_mod
@@ -124,28 +146,3 @@ def _exact_mod(keep: Tensor, bound: BoundLayout) -> MaskModFn:
         return kept(b, h, q, kv) & inner(b, h, q, kv)
 
     return stem_mask
-
-
-def _triton_tables(
-    q: Tensor, k: Tensor, v: Tensor, bound: BoundLayout, config: StemConfig, budget: int | Tensor | None
-) -> BlockTables:
-    from stem_flex.kernels.ops import stem_tables
-
-    row_budget, most_kept = budget_rows(bound, config, budget, *q.shape[:2])
-    width, partial_columns = table_shape(bound, most_kept)
-    buffer, counts = stem_tables(
-        q,
-        k,
-        v,
-        bound.rows,
-        row_budget,
-        *bound.restrictions,
-        **score_options(config),
-        sink=min(config.sink_blocks, bound.k_blocks),
-        local=min(config.local_blocks, bound.k_blocks),
-        partial_columns=partial_columns,
-        width=width,
-        max_key_blocks=bound.k_blocks,
-        causal_offset=bound.causal_offset,
-    )
-    return BlockTables(buffer, counts, width, partial_columns, bound.k_blocks)

@@ -9,12 +9,12 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from stem_flex._check import check_config, check_qkv
-from stem_flex._impl import resolve
-from stem_flex.binding import BoundLayout
-from stem_flex.classes import EMPTY
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout, causal
+from stem_flex.plumbing.binding import BoundLayout
+from stem_flex.plumbing.checks import check_config, check_qkv
+from stem_flex.plumbing.classes import EMPTY
+from stem_flex.plumbing.implementation import resolve
 
 _EPS = 1e-6  # the operator's, inside the logarithm and beside the standard deviation
 
@@ -25,7 +25,7 @@ def oam_scores(
     v: Tensor,
     config: StemConfig | None = None,
     *,
-    layout: Layout | None = None,
+    layout: Layout | BoundLayout | None = None,
     q_offset: int | Tensor = 0,
     kv_len: int | Tensor | None = None,
     impl: str = "auto",
@@ -47,7 +47,7 @@ def oam_scores(
         k: (B, Hkv, Lk, D), the same dtype and device; Hq is a multiple of Hkv.
         v: (B, Hkv, Lk, Dv).
         config: None means ``StemConfig()``.
-        layout: structure of the mask, None is causal.
+        layout: structure of the mask, None is causal; a bound one brings its offset and lengths with it.
         q_offset: keys before the first query, int or int (B,).
         kv_len: valid keys, int or int (B,); None: all.
         impl: "triton", "torch", or "auto": Triton for CUDA tensors. Nothing falls back silently.
@@ -73,14 +73,27 @@ def oam_scores(
 def bind_to(
     q: Tensor,
     k: Tensor,
-    layout: Layout | None,
+    layout: Layout | BoundLayout | None,
     *,
     q_offset: int | Tensor,
     kv_len: int | Tensor | None,
     prompt_len: int | Tensor | None,
     config: StemConfig,
 ) -> BoundLayout:
-    """Bind ``layout`` (None: causal) to the sizes of q and k."""
+    """Bind ``layout`` (None: causal) to the sizes of q and k; what is bound already is returned as it is.
+
+    Raises:
+        TypeError: ``layout`` is no layout.
+        ValueError: it was bound to other sizes or blocks.
+    """
+    if isinstance(layout, BoundLayout):
+        expected = ((q.shape[2], k.shape[2]), (config.query_block, config.key_block))
+        if (layout.seq_lengths, layout.block_size) != expected:
+            raise ValueError(
+                f"layout must be bound to q's and k's lengths and the config's blocks {expected}, got "
+                f"{(layout.seq_lengths, layout.block_size)}; bind it anew"
+            )
+        return layout
     if layout is None:
         layout = causal()
     if not isinstance(layout, Layout):

@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from stem_flex import StemConfig, reference
 from stem_flex.integrations import hf
-from stem_flex.tables import block_classes
+from stem_flex.plumbing.tables import block_classes
 
 _ALL_TYPES = (5, 17)  # the first transformers release known to have and run every model type of the tests
 

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 
-from stem_flex import StemConfig, _compiled, layout, reference, stem_attention, stem_block_mask, testing
-from stem_flex._captured import code_of
-from stem_flex._compiled import compiled
+from stem_flex import StemConfig, layout, reference, stem_attention, stem_block_mask, testing
 from stem_flex.attention import sparse_prefill
+from stem_flex.plumbing import compiled as _compiled
+from stem_flex.plumbing.captured import code_of
+from stem_flex.plumbing.compiled import compiled
 
 # flex_attention's C++ kernel compiles for each dtype, head dim and kind of mask: few kinds of call here
 CONFIG = StemConfig(block_size=64, schedule="fixed", k_start=2, sink_blocks=1, local_blocks=1)

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention.flex_attention import and_masks
 
 from stem_flex import layout, reference
-from stem_flex._captured import captured_values, code_of
+from stem_flex.plumbing.captured import captured_values, code_of
 
 WINDOW = torch.tensor(8)
 

@@ -7,8 +7,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from stem_flex import StemConfig, explain, layout, reference, stem_attention, stem_block_mask
-from stem_flex._compiled import _compiled
-from stem_flex.tables import block_classes
+from stem_flex.plumbing.compiled import _compiled
+from stem_flex.plumbing.tables import block_classes
 
 pytestmark = pytest.mark.gpu
 

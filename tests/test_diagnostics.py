@@ -190,7 +190,7 @@ def test_pictures(tmp_path):
 
 
 def test_forced_cells_are_the_sink_and_the_diagonal():
-    pictures = pytest.importorskip("stem_flex.pictures")
+    pictures = pytest.importorskip("stem_flex.diagnostics.pictures")
     q, k, v = make(B=1)
     mask = stem_block_mask(q, k, v, SMALL)
     reader = stem_flex.diagnostics.MaskReader(mask, 1, 4)

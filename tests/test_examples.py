@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from stem_flex import tpd_budget
-from stem_flex.tables import block_classes
+from stem_flex.plumbing.tables import block_classes
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("transformers", reason="the example needs transformers")

@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers", reason="the hf extra is not i
 import stem_flex.integrations.hf as stem_hf  # noqa: E402
 from stem_flex import StemConfig, reference  # noqa: E402
 from stem_flex.integrations import hf_attention  # noqa: E402
-from stem_flex.tables import block_classes  # noqa: E402
+from stem_flex.plumbing.tables import block_classes  # noqa: E402
 from tests.hf_models import (  # noqa: E402
     CASES,
     KEEP_ALL,

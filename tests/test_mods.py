@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stem_flex.mods import below, of_blocks
+from stem_flex.plumbing.mods import below, of_blocks
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from stem_flex import StemConfig, compose, layout, reference, stem_block_mask, testing
-from stem_flex.tables import block_classes
+from stem_flex.plumbing.tables import block_classes
 
 N, SIZE = 300, 32
 CONFIG = StemConfig(block_size=SIZE, schedule="fixed", k_start=2, sink_blocks=1, local_blocks=1)

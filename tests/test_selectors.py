@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stem_flex import StemConfig, layout, selectors
-from stem_flex._impl import installed
+from stem_flex.plumbing.implementation import installed
 from stem_flex.select import select_blocks
 from stem_flex.selectors import oracle, sketch
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from stem_flex.attention import explain, sparse_prefill
-from stem_flex.backend import flash_refusal
-from stem_flex.dense import dense_causal
 from stem_flex.integrations.hf_fallback import fallback_attention
 from stem_flex.integrations.hf_masks import StemMask
 from stem_flex.integrations.hf_settings import is_prefill, raw_settings, read_settings
 from stem_flex.integrations.hf_trace import record
 from stem_flex.mask import stem_block_mask
-from stem_flex.tables import block_classes
+from stem_flex.plumbing.backend import flash_refusal
+from stem_flex.plumbing.dense import dense_causal
+from stem_flex.plumbing.tables import block_classes
 
 MODE = "stem_flex_mode"  # attribute of an attention module: "stem" or "dense"
 

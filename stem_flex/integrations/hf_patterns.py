@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from stem_flex.binding import BoundLayout, Spans
-from stem_flex.geometry import Geometry
 from stem_flex.layout import Layout
+from stem_flex.plumbing.binding import BoundLayout, Spans
+from stem_flex.plumbing.geometry import Geometry
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,10 @@
 """Block scores by name: Stem's own, its parts, and others that stand where they stand.
 
-A selector is a function ``scores(q, k, v, config, *, layout=None, q_offset=0)`` that returns float32
-(B, Hq, Qb, Kb), finite where the layout allows the pair of blocks and -inf elsewhere, together with the settings by
-which it differs from the caller's :class:`StemConfig`. :func:`stem_flex.select.select_blocks` turns scores of any
-origin into tables, and ``bench.attend`` runs a model with them.
+A selector is one object: a function ``scores(q, k, v, config, *, layout=None, q_offset=0)`` that returns float32
+(B, Hq, Qb, Kb), finite where the layout allows the pair of blocks and -inf elsewhere, with the settings by which it
+differs from the caller's :class:`StemConfig` and, where the method has one, its own budget rule. ``selector=``, by name
+or as an object, is taken by :func:`stem_flex.stem_block_mask`, :func:`stem_flex.stem_attention`, the transformers
+integration and the benchmarks alike. ``layout`` may be bound already, as :func:`stem_flex.score.bind_to` has it.
 
 ========================  ==================================================================================
 ``sam``, ``sam+tpd``      routing only (SAM, the score-aware metric), with even or decaying budgets
@@ -26,31 +27,39 @@ A line here makes it known to ``python -m bench.ruler --selector mine`` too.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from stem_flex.budget import Budget
 from stem_flex.config import StemConfig
+from stem_flex.plumbing.implementation import constant
+from stem_flex.plumbing.tables import BlockTables
 from stem_flex.score import oam_scores
-from stem_flex.selectors import oracle, sketch
+from stem_flex.selectors import oracle, sketch, stem
 
-__all__ = ["Selector", "get", "names", "register"]
+__all__ = ["Selector", "get", "names", "register", "resolve"]
 
 ScoreFn = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Selector:
-    """A way to score block pairs.
+    """A way to score block pairs, and what belongs to it.
 
     Attributes:
         name: what it is called on command lines and in tables.
-        scores: ``(q, k, v, config, *, layout=None, q_offset=0) -> (B, Hq, Qb, Kb)``.
+        scores: ``(q, k, v, config, *, layout=None, q_offset=0) -> (B, Hq, Qb, Kb)``; one that also takes ``impl=`` has
+            Triton kernels and is told which implementation to run.
         note: one line on what it looks at.
         settings: fields of :class:`StemConfig` that make it what it is.
         experimental: not a published method.
+        budget: its own rule of how many blocks a row keeps; None: the config's schedule.
+        fused: ``(q, k, v, bound, config, rule) -> BlockTables``, the Triton backend of scoring and selecting in one
+            operator that holds no score matrix; used for rules that need no scores. None: there is none.
     """
 
     name: str
@@ -58,25 +67,61 @@ class Selector:
     note: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     experimental: bool = False
+    budget: Budget | None = None
+    fused: Callable[..., BlockTables] | None = None
 
     def configured(self, config: StemConfig) -> StemConfig:
         """``config`` with this selector's own settings."""
-        return replace(config, **self.settings)
+        return replace(config, **self.settings) if self.settings else config
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether ``scores`` is told which implementation to run."""
+        return _takes_impl(self.scores)
+
+
+@constant
+def _takes_impl(f: Callable) -> bool:
+    return "impl" in inspect.signature(f).parameters
 
 
 _SELECTORS: dict[str, Selector] = {}
 
 
-def register(name: str, scores: ScoreFn, note: str, *, experimental: bool = False, **settings: Any) -> Selector:
-    """Add a selector; ``settings`` are fields of :class:`StemConfig`.
+def register(
+    name: str,
+    scores: ScoreFn,
+    note: str,
+    *,
+    experimental: bool = False,
+    budget: Budget | None = None,
+    fused: Callable[..., BlockTables] | None = None,
+    **settings: Any,
+) -> Selector:
+    """Add a selector, see :class:`Selector`; ``settings`` are fields of :class:`StemConfig`.
 
     Raises:
         ValueError: the name is taken.
     """
     if name in _SELECTORS:
         raise ValueError(f"name must be a new one, got {name!r}, which {_SELECTORS[name].note!r} has; choose another")
-    _SELECTORS[name] = Selector(name, scores, note, settings, experimental)
+    _SELECTORS[name] = Selector(name, scores, note, settings, experimental, budget, fused)
     return _SELECTORS[name]
+
+
+def resolve(selector: str | Selector | None) -> Selector:
+    """What a ``selector=`` argument stands for; None is Stem by the caller's configuration to the letter.
+
+    Raises:
+        TypeError, ValueError: it is neither a selector nor the name of one.
+    """
+    if selector is None:
+        return _STEM
+    if isinstance(selector, Selector):
+        return selector
+    if not isinstance(selector, str):
+        raise TypeError(f"selector must be a name of {names()} or a Selector, got {type(selector).__name__}")
+    return get(selector)
 
 
 def get(name: str) -> Selector:
@@ -95,11 +140,32 @@ def names() -> list[str]:
     return list(_SELECTORS)
 
 
-register("sam", oam_scores, "routing only, the same budget for every row", value_weight=0.0, mu=1.0)
-register("sam+tpd", oam_scores, "routing only, budgets decay along the prompt", value_weight=0.0, mu=0.7)
-register("oam", oam_scores, "routing and z-scored value magnitude, the same budget for every row", mu=1.0)
-register("stem", oam_scores, "routing, z-scored value magnitude, decaying budgets: as published", mu=0.7)
-register("stem-log", oam_scores, "Stem with the paper's Eq. 7 magnitude", metric="log", mu=0.7)
+_STEM = Selector("stem", oam_scores, "Stem as the configuration says", fused=stem.tables)
+
+register("sam", oam_scores, "routing only, the same budget for every row", fused=stem.tables, value_weight=0.0, mu=1.0)
+register(
+    "sam+tpd",
+    oam_scores,
+    "routing only, budgets decay along the prompt",
+    fused=stem.tables,
+    value_weight=0.0,
+    mu=0.7,
+)
+register(
+    "oam",
+    oam_scores,
+    "routing and z-scored value magnitude, the same budget for every row",
+    fused=stem.tables,
+    mu=1.0,
+)
+register(
+    "stem",
+    oam_scores,
+    "routing, z-scored value magnitude, decaying budgets: as published",
+    fused=stem.tables,
+    mu=0.7,
+)
+register("stem-log", oam_scores, "Stem with the paper's Eq. 7 magnitude", fused=stem.tables, metric="log", mu=0.7)
 register(
     "sketch", sketch.scores, "attention between 16 means of each block, mean and maximum", experimental=True, mu=1.0
 )

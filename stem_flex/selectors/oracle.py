@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from stem_flex._check import check_qkv
-from stem_flex._impl import resolve
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
+from stem_flex.plumbing.binding import BoundLayout
+from stem_flex.plumbing.checks import check_qkv
+from stem_flex.plumbing.implementation import resolve
 
 
 def scores(
@@ -19,7 +20,7 @@ def scores(
     v: Tensor,
     config: StemConfig | None = None,
     *,
-    layout: Layout | None = None,
+    layout: Layout | BoundLayout | None = None,
     q_offset: int | Tensor = 0,
 ) -> Tensor:
     """The largest attention mass that a token of the query block gives the key block, in dense attention.
@@ -38,6 +39,8 @@ def scores(
     """
     config = config or StemConfig()
     check_qkv(q, k, v)
+    if isinstance(layout, BoundLayout):
+        layout, q_offset = layout.layout, layout.geometry.q_offset
     if layout is not None and not layout.plain_causal:
         raise ValueError(f"layout must be None or causal() for the oracle, got {type(layout).__name__}")
     if isinstance(q_offset, Tensor):

@@ -19,10 +19,11 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from stem_flex._check import check_qkv
-from stem_flex.classes import EMPTY
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
+from stem_flex.plumbing.binding import BoundLayout
+from stem_flex.plumbing.checks import check_qkv
+from stem_flex.plumbing.classes import EMPTY
 from stem_flex.score import bind_to
 
 _PAIRS_AT_ONCE = 2**27  # proxy pairs held at a time, 4 bytes each and some copies
@@ -34,7 +35,7 @@ def scores(
     v: Tensor,
     config: StemConfig | None = None,
     *,
-    layout: Layout | None = None,
+    layout: Layout | BoundLayout | None = None,
     q_offset: int | Tensor = 0,
     means: int = 16,
     query_outliers: int = 0,
@@ -88,7 +89,7 @@ def outlier_scores(
     v: Tensor,
     config: StemConfig | None = None,
     *,
-    layout: Layout | None = None,
+    layout: Layout | BoundLayout | None = None,
     q_offset: int | Tensor = 0,
 ) -> Tensor:
     """:func:`scores` with 8 means, 16 outlier queries and 4 outlier keys of a block."""

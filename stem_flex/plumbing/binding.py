@@ -6,35 +6,25 @@ integers: which key blocks hold an allowed pair, which are allowed throughout. O
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from stem_flex._captured import state_of
-from stem_flex.budget import row_budget
-from stem_flex.classes import EMPTY, classify
-from stem_flex.config import StemConfig
-from stem_flex.geometry import Geometry
-from stem_flex.mods import MaskModFn, all_of, causal_mask, inside, interval_mod
+from stem_flex.plumbing.captured import state_of
+from stem_flex.plumbing.classes import EMPTY, classify
+from stem_flex.plumbing.geometry import LONGEST, Geometry, Spans
+from stem_flex.plumbing.mods import MaskModFn, all_of, causal_mask, inside, interval_mod
+from stem_flex.plumbing.structure import Structure
 
-if TYPE_CHECKING:
-    from stem_flex.layout import Layout
-
-# Columns of BoundLayout.rows; every range is half open.
-LO, HI, FULL_LO, FULL_HI, OWN_LO, OWN_HI, POSITION, PROMPT_BLOCKS = range(8)
-
-_BIG = 2**31 - 1
 _MEMO_ENTRIES = 64
 
 
-class Spans(NamedTuple):
-    """Keys [start, end) that each query position may attend to, int32, broadcastable to (B, positions)."""
-
-    start: Tensor
-    end: Tensor
+def _column(index: int) -> Any:
+    return property(lambda bound: bound.rows[..., index])
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +32,18 @@ class BoundLayout:
     """Block-level facts of a layout at given sizes.
 
     Attributes:
-        rows: int32 (1 or B, Qb, 8), for each row of query blocks the half-open ranges of key blocks that are
-            allowed (LO, HI), full (FULL_LO, FULL_HI) and hold the positions of the row's own queries (OWN_LO,
-            OWN_HI), then the row's position in its prompt and the prompt's length, in key blocks.
+        rows: int32 (1 or B, Qb, 8), what the kernels read: the eight properties below, in their order.
+        lo, hi: int32 (1 or B, Qb), key blocks [lo, hi) of the row hold an allowed pair.
+        full_lo, full_hi: those [full_lo, full_hi) are allowed throughout.
+        own_lo, own_hi: those [own_lo, own_hi) hold the positions of the row's own queries.
+        position, prompt_blocks: the row's position in its prompt and the prompt's length, in key blocks.
         classes: None, then a pair's class is full in the full range, partial in the rest of the allowed range;
             or int8 (1 or B, 1 or H, Qb, Kb) of EMPTY, PARTIAL, FULL, which then is the truth.
         key_start, key_end: int32 (B,), the valid keys; None: all.
         query_start, query_end: int32 (B,), the valid local queries; None: all.
         mask_mod: the token mask, local query indices, safe for indices rounded up to whole blocks.
         seq_lengths, block_size: (query, key) tokens.
-        longest_prompt: no row's PROMPT_BLOCKS is larger; None: only the device knows.
+        longest_prompt: no row's prompt_blocks is larger; None: only the device knows.
         layout, geometry: what was bound.
         spans: the keys of each query, None where a class table or plain causality says it; see intervals().
     """
@@ -66,10 +58,12 @@ class BoundLayout:
     seq_lengths: tuple[int, int]
     block_size: tuple[int, int]
     longest_prompt: int | None
-    layout: Layout
+    layout: Any  # a stem_flex.layout.Layout: this package does not know its kinds
     geometry: Geometry
     spans: Spans | None = field(default=None, repr=False)
-    _budgets: dict[StemConfig, Tensor] | None = field(default=None, repr=False)
+    memo: dict[Any, Tensor] | None = field(default=None, repr=False)
+
+    lo, hi, full_lo, full_hi, own_lo, own_hi, position, prompt_blocks = map(_column, range(8))
 
     @property
     def q_blocks(self) -> int:
@@ -103,14 +97,14 @@ class BoundLayout:
         causal = any(part.forbids_future() for part in self.layout.parts())
         return self.geometry.q_offset if causal and not isinstance(self.geometry.q_offset, Tensor) else None
 
-    def budget(self, config: StemConfig) -> Tensor:
-        """TPD budget of every row, int32 (1 or B, 1, Qb)."""
-        if self._budgets is not None and config in self._budgets:
-            return self._budgets[config]
-        budget = row_budget(self.rows[..., POSITION], self.rows[..., PROMPT_BLOCKS], config)[:, None]
-        if self._budgets is not None and not (budget.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self._budgets[config] = budget
-        return budget
+    def remembered(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """``make()``, kept under ``key`` for as long as the binding is; of a graph being captured nothing is kept."""
+        if self.memo is not None and key in self.memo:
+            return self.memo[key]
+        value = make()
+        if self.memo is not None and not (value.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.memo[key] = value
+        return value
 
     def intervals(self) -> Spans | None:
         """The keys of each query as they were bound, None where a class table says it."""
@@ -126,15 +120,17 @@ class BoundLayout:
         """Classes of the rows [first, last), int8 (1 or B, 1 or H, rows, Kb)."""
         if self.classes is not None:
             return self.classes[:, :, first:last]
-        rows = self.rows[:, None, first:last, :, None]
-        key = torch.arange(self.k_blocks, dtype=torch.int32, device=rows.device)
-        allowed = (key >= rows[..., LO, :]) & (key < rows[..., HI, :])
-        inside = (key >= rows[..., FULL_LO, :]) & (key < rows[..., FULL_HI, :])
+        key = torch.arange(self.k_blocks, dtype=torch.int32, device=self.rows.device)
+        lo, hi, full_lo, full_hi = (
+            x[:, None, first:last, None] for x in (self.lo, self.hi, self.full_lo, self.full_hi)
+        )
+        allowed = (key >= lo) & (key < hi)
+        inside = (key >= full_lo) & (key < full_hi)
         return allowed.to(torch.int8) + (allowed & inside)
 
 
 def bind(
-    layout: Layout,
+    layout: Structure,
     batch: int,
     heads: int,
     q_len: int,
@@ -179,12 +175,12 @@ def bind(
 _kept_for_graphs: dict[int, BoundLayout] = {}  # a graph replays their addresses for as long as it lives
 
 
-def _bind(layout: Layout, geometry: Geometry, memo: bool) -> BoundLayout:
+def _bind(layout: Structure, geometry: Geometry, memo: bool) -> BoundLayout:
     parts = layout.parts()
     valid = _intersection([part.valid(geometry) for part in parts])
     spans = _token_spans(parts, geometry, valid)
     mods = [inside(mod, geometry) for mod in (part.token_mask(geometry) for part in parts) if mod is not None]
-    mask_mod: MaskModFn = interval_mod(parts, geometry, spans)
+    mask_mod: MaskModFn = interval_mod(all(part.plain_causal for part in parts), geometry, spans)
     rows = _rows(parts, geometry, spans, valid)
     classes = None
     if mods:
@@ -203,7 +199,7 @@ def _bind(layout: Layout, geometry: Geometry, memo: bool) -> BoundLayout:
         layout=layout,
         geometry=geometry,
         spans=None if mods or mask_mod is causal_mask else spans,
-        _budgets={} if memo else None,
+        memo={} if memo else None,
     )
 
 
@@ -216,7 +212,7 @@ def _intersection(ranges: list[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, T
     return None if start is None or end is None else (start, end)
 
 
-def _token_spans(parts: tuple[Layout, ...], geometry: Geometry, valid) -> Spans:
+def _token_spans(parts: tuple[Structure, ...], geometry: Geometry, valid) -> Spans:
     """Allowed keys of every query; queries past q_len and padded ones have an empty interval, [0, 0)."""
     positions = geometry.positions
     found = _intersection([part.spans(geometry) for part in parts])
@@ -239,14 +235,14 @@ def _real_queries(geometry: Geometry, valid) -> Tensor:
     return real
 
 
-def _rows(parts: tuple[Layout, ...], geometry: Geometry, spans: Spans, valid) -> Tensor:
+def _rows(parts: tuple[Structure, ...], geometry: Geometry, spans: Spans, valid) -> Tensor:
     def by_block(x: Tensor) -> Tensor:
         return rearrange(x, "b (i q) -> b i q", q=geometry.q_block)
 
     start, end = by_block(spans.start), by_block(spans.end)
     some = end > start
     k_block = geometry.k_block
-    lo = torch.where(some, start, _BIG).amin(-1) // k_block
+    lo = torch.where(some, start, LONGEST).amin(-1) // k_block
     hi = torch.where(some, end - 1, -1).amax(-1) // k_block + 1
     lo = torch.minimum(lo, hi)
     full_lo = (start.amax(-1) + (k_block - 1)) // k_block
@@ -254,7 +250,7 @@ def _rows(parts: tuple[Layout, ...], geometry: Geometry, spans: Spans, valid) ->
     full = full_hi > full_lo
     positions = by_block(geometry.positions)
     real = by_block(_real_queries(geometry, valid))
-    own_lo = (torch.where(real, positions, _BIG).amin(-1) // k_block).clamp(max=geometry.k_blocks)
+    own_lo = (torch.where(real, positions, LONGEST).amin(-1) // k_block).clamp(max=geometry.k_blocks)
     own_hi = (torch.where(real, positions, -1).amax(-1) // k_block + 1).clamp(max=geometry.k_blocks)
     own_lo = torch.minimum(own_lo, own_hi)
     first, last = (_first_real(by_block(x), real) for x in _prompt(parts, geometry))
@@ -267,11 +263,11 @@ def _rows(parts: tuple[Layout, ...], geometry: Geometry, spans: Spans, valid) ->
 
 def _first_real(x: Tensor, real: Tensor) -> Tensor:
     """The value of each row's first real query; prompts follow each other, so it is the smallest; else 0."""
-    least = torch.where(real, x, _BIG).amin(-1)
+    least = torch.where(real, x, LONGEST).amin(-1)
     return torch.where(real.any(-1), least, 0)
 
 
-def _prompt(parts: tuple[Layout, ...], geometry: Geometry) -> tuple[Tensor, Tensor]:
+def _prompt(parts: tuple[Structure, ...], geometry: Geometry) -> tuple[Tensor, Tensor]:
     """The prompt [start, end) of every query position: by documents, by padding, or one from key 0."""
     documents = any(part.document_spans() is not None for part in parts)
     positions = geometry.positions
@@ -288,7 +284,7 @@ def _prompt(parts: tuple[Layout, ...], geometry: Geometry) -> tuple[Tensor, Tens
     return torch.broadcast_tensors(start, torch.minimum(end, geometry.query_end()))
 
 
-def _longest_prompt(parts: tuple[Layout, ...], geometry: Geometry) -> int | None:
+def _longest_prompt(parts: tuple[Structure, ...], geometry: Geometry) -> int | None:
     if isinstance(geometry.prompt_len, Tensor):
         return None
     tokens = [geometry.k_len if geometry.prompt_len is None else geometry.prompt_len]
@@ -318,17 +314,6 @@ def _batched(x: Tensor, geometry: Geometry) -> Tensor:
     return x.to(torch.int32).expand(geometry.batch).contiguous()
 
 
-def from_position(geometry: Geometry, of_token: Tensor) -> Tensor:
-    """``of_token`` (rows, tokens) int32 read at every query position; 0 past its end. (rows or B, positions)."""
-    positions = geometry.positions
-    rows = max(positions.shape[0], of_token.shape[0])
-    tokens = of_token.shape[1]
-    if tokens == 0:
-        return torch.zeros_like(positions).expand(rows, -1)
-    index = positions.clamp(min=0, max=tokens - 1).long().expand(rows, -1)
-    return torch.where(positions < tokens, of_token.expand(rows, -1).gather(1, index), 0)
-
-
 def _class_table(parts, geometry: Geometry, mask_mod: MaskModFn, spans: Spans) -> Tensor:
     shaped = [part for part in parts if part.token_mask(geometry) is not None]
     batch = max([part.sizes()[0] for part in shaped] + [spans.start.shape[0]])
@@ -341,8 +326,7 @@ def _rows_of_classes(rows: Tensor, classes: Tensor) -> Tensor:
     some = (classes != EMPTY).any(1)
     key = torch.arange(classes.shape[-1], dtype=torch.int32, device=classes.device)
     hi = torch.where(some, key + 1, 0).amax(-1)
-    lo = torch.minimum(torch.where(some, key, _BIG).amin(-1), hi)
-    rows = rows.expand(max(rows.shape[0], lo.shape[0]), -1, -1).clone()
-    rows[..., LO], rows[..., HI] = lo, hi
-    rows[..., FULL_LO] = rows[..., FULL_HI] = 0
-    return rows
+    lo = torch.minimum(torch.where(some, key, LONGEST).amin(-1), hi)
+    zero = torch.zeros_like(lo)
+    columns = (lo, hi, zero, zero, *rows.unbind(-1)[4:])
+    return torch.stack(torch.broadcast_tensors(*columns), -1).int().contiguous()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stem_flex.layout import causal
 from stem_flex.mask import assemble
-from stem_flex.tables import compact, table_shape
+from stem_flex.plumbing.tables import compact, table_shape
 
 _TOKENS, _BLOCK = 512, 128
 

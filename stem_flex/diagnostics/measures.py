@@ -17,11 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from stem_flex._check import check_qkv
-from stem_flex.inspection import MaskReader, check_block_mask
-from stem_flex.pictures import plot_block_mask, plot_heads
-
-__all__ = ["block_density", "output_error", "plot_block_mask", "plot_heads", "recall"]
+from stem_flex.diagnostics.inspection import MaskReader, check_block_mask
+from stem_flex.plumbing.checks import check_qkv
 
 _PAIRS_AT_ONCE = 2**23  # token pairs held at a time: 32 MB a float32 matrix, and a handful of those
 

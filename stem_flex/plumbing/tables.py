@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from stem_flex.binding import BoundLayout
-from stem_flex.classes import FULL, PARTIAL
-from stem_flex.mods import MaskModFn, below, of_blocks
+from stem_flex.plumbing.binding import BoundLayout
+from stem_flex.plumbing.classes import FULL, PARTIAL
+from stem_flex.plumbing.mods import MaskModFn, below, of_blocks
 
 _PAIRS_AT_ONCE = 2**25  # pairs of blocks compacted at a time, some 30 bytes each
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from stem_flex.config import StemConfig
-
-if TYPE_CHECKING:
-    from stem_flex.geometry import Geometry
 
 _MODS = {"mask_mod": "b, h, q_idx, kv_idx", "score_mod": "score, b, h, q_idx, kv_idx"}
 
@@ -117,13 +113,3 @@ def check_scale(scale: object) -> None:
     """Raise unless ``scale`` is None or a number."""
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-
-
-def check_rows(name: str, tensor: Tensor, geometry: Geometry) -> None:
-    """Raise unless ``tensor`` has one entry for each batch row, on the right device."""
-    if tensor.dim() != 1 or tensor.shape[0] not in (1, geometry.batch):
-        raise ValueError(
-            f"{name} must have shape ({geometry.batch},), one for each batch row of q, got {tuple(tensor.shape)}"
-        )
-    if tensor.device != geometry.device:
-        raise ValueError(f"{name} must be on q's device {geometry.device}, got {tensor.device}; move it with .to()")

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from stem_flex.backend import flash_attn_func
+from stem_flex.plumbing.backend import flash_attn_func
 
 
 def dense_causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, kernel: str) -> Tensor:

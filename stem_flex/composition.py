@@ -8,14 +8,13 @@ from typing import cast
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from stem_flex._check import check_mod
-from stem_flex.binding import BoundLayout
-from stem_flex.classes import EMPTY
-from stem_flex.geometry import Geometry
-from stem_flex.layout import from_block_mask, from_mask_mod
+from stem_flex.layout import Interval, Layout, from_block_mask, from_mask_mod
 from stem_flex.mask import assemble
-from stem_flex.primitives import Interval, Layout
-from stem_flex.tables import block_classes, compact, table_shape
+from stem_flex.plumbing.binding import BoundLayout
+from stem_flex.plumbing.checks import check_mod
+from stem_flex.plumbing.classes import EMPTY
+from stem_flex.plumbing.geometry import Geometry
+from stem_flex.plumbing.tables import block_classes, compact, table_shape
 
 
 def compose(block_mask: BlockMask, other: BlockMask | Layout | Callable) -> BlockMask:

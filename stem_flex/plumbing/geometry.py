@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stem_flex._check import check_values
+from stem_flex.plumbing.checks import check_values
+
+LONGEST = 2**31 - 1  # positions are int32
+
+
+class Spans(NamedTuple):
+    """Keys [start, end) that each query position may attend to, int32, broadcastable to (B, positions)."""
+
+    start: Tensor
+    end: Tensor
 
 
 @dataclass(frozen=True)
@@ -41,8 +50,8 @@ class Geometry:
         if prompt_len is not None:
             prompt_len = _checked_length("prompt_len", prompt_len, batch, device)
         # a copy: who composes with the mask later must find what it was bound to, not what a live counter became
-        q_offset = q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
-        kv_len = kv_len.clone() if isinstance(kv_len, Tensor) else kv_len
+        q_offset = _copied(q_offset)
+        kv_len = None if kv_len is None else _copied(kv_len)
         return cls(batch, heads, q_len, k_len, q_offset, kv_len, prompt_len, q_block, k_block, device)
 
     @property
@@ -80,6 +89,10 @@ class Geometry:
         return torch.full((1, 1), value, dtype=torch.int32, device=self.device)
 
 
+def _copied(value: int | Tensor) -> int | Tensor:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 def _checked_length(name: str, value: Any, batch: int, device: torch.device) -> int | Tensor:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Tensor)):
         raise TypeError(f"{name} must be an int or an int tensor ({batch},), got {value!r}")
@@ -97,3 +110,29 @@ def _checked_length(name: str, value: Any, batch: int, device: torch.device) -> 
         raise ValueError(f"{name} must be on q's device {device}, got {value.device}; move it with .to()")
     check_values(name, value, 0)
     return value
+
+
+def check_rows(name: str, tensor: Tensor, geometry: Geometry) -> None:
+    """Raise unless ``tensor`` has one entry for each batch row, on the right device."""
+    if tensor.dim() != 1 or tensor.shape[0] not in (1, geometry.batch):
+        raise ValueError(
+            f"{name} must have shape ({geometry.batch},), one for each batch row of q, got {tuple(tensor.shape)}"
+        )
+    if tensor.device != geometry.device:
+        raise ValueError(f"{name} must be on q's device {geometry.device}, got {tensor.device}; move it with .to()")
+
+
+def from_position(geometry: Geometry, of_token: Tensor) -> Tensor:
+    """``of_token`` (rows, tokens) int32 read at every query position; 0 past its end. (rows or B, positions)."""
+    positions = geometry.positions
+    rows = max(positions.shape[0], of_token.shape[0])
+    tokens = of_token.shape[1]
+    if tokens == 0:
+        return torch.zeros_like(positions).expand(rows, -1)
+    index = positions.clamp(min=0, max=tokens - 1).long().expand(rows, -1)
+    return torch.where(positions < tokens, of_token.expand(rows, -1).gather(1, index), 0)
+
+
+def on_device(tensor: Tensor, geometry: Geometry) -> Tensor:
+    """Numbers given as Python sequences follow q to its device, which waits for it when first bound there."""
+    return tensor.to(geometry.device)

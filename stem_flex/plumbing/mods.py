@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from stem_flex.geometry import Geometry
-
-if TYPE_CHECKING:
-    from stem_flex.binding import Spans
-    from stem_flex.layout import Layout
+from stem_flex.plumbing.geometry import Geometry, Spans
 
 MaskModFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -24,10 +19,9 @@ def causal_mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
     return q >= kv
 
 
-def interval_mod(parts: tuple[Layout, ...], geometry: Geometry, spans: Spans) -> MaskModFn:
-    """mask_mod of one interval of keys for each query."""
-    plain = all(part.plain_causal for part in parts) and geometry.kv_len is None
-    if plain and isinstance(geometry.q_offset, int) and geometry.q_offset == 0:
+def interval_mod(plain_causal: bool, geometry: Geometry, spans: Spans) -> MaskModFn:
+    """mask_mod of one interval of keys for each query; of plain causal ones at offset 0 :func:`causal_mask`."""
+    if plain_causal and geometry.kv_len is None and isinstance(geometry.q_offset, int) and geometry.q_offset == 0:
         return causal_mask
     start, end = (x.contiguous() for x in torch.broadcast_tensors(*spans))
     if start.shape[0] == 1:

@@ -9,9 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stem_flex._impl import constant, installed
-from stem_flex.budget import tpd_budget
-from stem_flex.config import StemConfig
+from stem_flex.plumbing.implementation import constant, installed
 
 BACKENDS = ("auto", "triton", "flash", "cpu")
 
@@ -41,15 +39,14 @@ class Decision(NamedTuple):
 def choose(
     q: Tensor,
     v: Tensor,
-    config: StemConfig | None,
     *,
     backend: str,
     block_size: tuple[int, int],
-    plain: bool,
+    plain_density: Callable[[], float] | None,
     needs_grad: bool,
     return_lse: bool,
 ) -> Decision:
-    """The decision for a call; ``plain`` calls (causal, whole prompt) may run densely under "auto"."""
+    """The decision for a call; a plain causal prompt, which "auto" may run densely, says the density it keeps."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if not q.is_cuda:
@@ -64,9 +61,8 @@ def choose(
     sparse = "triton" if backend == "triton" or refusal else "flash"
     why = f"flash is not taken: {refusal}" if refusal and backend == "auto" else f"backend={backend!r}"
     traced = torch.compiler.is_compiling()  # a compiled model keeps one path for all lengths
-    if backend == "auto" and plain and not needs_grad and not traced and q.dtype != torch.float32:
-        assert config is not None
-        reason = _dense_reason(q, config, sparse)
+    if backend == "auto" and plain_density is not None and not needs_grad and not traced and q.dtype != torch.float32:
+        reason = _dense_reason(q, plain_density, sparse)
         if reason:
             return Decision("cudnn" if refusal else "flash-attn-4", True, reason)
     return Decision(sparse, False, f"sparse prefill by flex_attention's {sparse.upper()} kernel; {why}")
@@ -89,22 +85,14 @@ def _on_cpu(q: Tensor, backend: str, needs_grad: bool, return_lse: bool) -> Deci
     return Decision("cpu", False, "sparse prefill by flex_attention's C++ kernel: q is on the CPU")
 
 
-def _dense_reason(q: Tensor, config: StemConfig, sparse: str) -> str | None:
+def _dense_reason(q: Tensor, plain_density: Callable[[], float], sparse: str) -> str | None:
     tokens = q.shape[2]
     if tokens < _SPARSE_FROM:
         return f"{tokens} tokens: below {_SPARSE_FROM} choosing blocks costs more than it saves"
-    density = causal_density(-(-tokens // config.key_block), config)
+    density = plain_density()
     if density > _DENSE_ABOVE[sparse]:
         return f"the budget keeps {density:.0%} of the causal blocks; above {_DENSE_ABOVE[sparse]:.0%} dense is faster"
     return None
-
-
-@functools.lru_cache(maxsize=1024)
-def causal_density(num_blocks: int, config: StemConfig) -> float:
-    """Largest part of a causal prompt's block pairs that its budget and forced blocks keep, 1.0 = dense."""
-    candidates = torch.arange(1, num_blocks + 1)
-    kept = tpd_budget(num_blocks, config) + config.sink_blocks + config.local_blocks
-    return float(torch.minimum(kept, candidates).sum() / candidates.sum())
 
 
 def flash_refusal(q: Tensor, v: Tensor, block_size: tuple[int, int], needs_grad: bool) -> str | None:

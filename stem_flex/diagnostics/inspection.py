@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from stem_flex.binding import HI, LO, BoundLayout
-from stem_flex.classes import EMPTY, FULL, PARTIAL, over_tokens
-from stem_flex.mods import causal_mask
+from stem_flex.plumbing.binding import BoundLayout
+from stem_flex.plumbing.classes import EMPTY, FULL, PARTIAL, over_tokens
+from stem_flex.plumbing.mods import causal_mask
 
 
 class MaskReader:
@@ -77,7 +77,7 @@ class MaskReader:
         """Allowed block pairs over all batch rows and heads."""
         if self.bound is not None:
             if self.bound.classes is None:
-                kept = (self.bound.rows[..., HI] - self.bound.rows[..., LO]).sum(-1)[:, None]
+                kept = (self.bound.hi - self.bound.lo).sum(-1)[:, None]
             else:
                 kept = (self.bound.classes != EMPTY).sum((-1, -2))
             return int(kept.expand(self.batch, self.heads).sum())

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from stem_flex.binding import OWN_HI, OWN_LO
-from stem_flex.classes import FULL, PARTIAL
 from stem_flex.config import StemConfig
-from stem_flex.inspection import MaskReader, check_block_mask, listed_blocks
+from stem_flex.diagnostics.inspection import MaskReader, check_block_mask, listed_blocks
+from stem_flex.plumbing.classes import FULL, PARTIAL
 
 _MOST_CELLS = 1024  # blocks drawn along a side; longer prompts show every n-th block
 _INK, _PALE = "#22303c", "#c3ccd4"
@@ -122,13 +121,14 @@ def _cells(
 
 def _forced(reader: MaskReader, b: int, row: int, allowed: Tensor, config: StemConfig) -> Tensor:
     """Sink, local and own blocks of one row, bool (Kb,)."""
-    assert reader.bound is not None
-    places = reader.bound.rows[min(b, reader.bound.rows.shape[0] - 1), row].tolist()
+    bound = reader.bound
+    assert bound is not None
+    own_lo, own_hi = (int(x[min(b, x.shape[0] - 1), row]) for x in (bound.own_lo, bound.own_hi))
     key = torch.arange(len(allowed), device=allowed.device)
     first = int(allowed.to(torch.int8).argmax())
     sink = (key >= first) & (key < first + config.sink_blocks)
-    local = key >= min(places[OWN_LO], places[OWN_HI] - config.local_blocks)
-    return sink | (local & (key < places[OWN_HI]))
+    local = key >= min(own_lo, own_hi - config.local_blocks)
+    return sink | (local & (key < own_hi))
 
 
 def plot_heads(values: Tensor, path: str | Path, *, title: str, label: str = "recall") -> Path:

@@ -1,0 +1,41 @@
+"""Any BlockMask as a layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from stem_flex.layout._base import Layout
+from stem_flex.layout._mask_mod import MaskMod
+from stem_flex.plumbing.captured import captured_values
+from stem_flex.plumbing.geometry import Geometry
+from stem_flex.plumbing.mods import MaskModFn
+from stem_flex.plumbing.tables import block_mask_mod
+
+
+@dataclass(frozen=True, eq=False)
+class FromBlockMask(Layout):
+    """See :func:`stem_flex.layout.from_block_mask`."""
+
+    block_mask: BlockMask
+    mod: MaskModFn = field(repr=False)
+
+    def sizes(self) -> tuple[int, int]:
+        batch, heads = self.block_mask.kv_num_blocks.shape[:2]
+        return batch, heads
+
+    def reads(self) -> tuple[Tensor | float, ...]:
+        return captured_values(self.mod)
+
+    def token_mask(self, geometry: Geometry) -> MaskModFn:
+        Lq, Lk = self.block_mask.seq_lengths
+        return MaskMod(self.mod, *self.sizes(), Lq, Lk, "from_block_mask").token_mask(geometry)
+
+
+def from_block_mask(block_mask: BlockMask) -> Layout:
+    """Any BlockMask as a layout: its block lists, as they are now, and its mask_mod, whatever its block size."""
+    if not isinstance(block_mask, BlockMask):
+        raise TypeError(f"block_mask must be a BlockMask, got {type(block_mask).__name__}")
+    return FromBlockMask(block_mask, block_mask_mod(block_mask))
