@@ -170,12 +170,12 @@ register(
 )
 register("stem-log", oam_scores, "Stem with the paper's Eq. 7 magnitude", fused=stem.tables, metric="log", mu=0.7)
 register(
-    "sketch", sketch.scores, "attention between 16 means of each block, mean and maximum", experimental=True, mu=1.0
+    "sketch", sketch.means_scores, "attention between 16 means of each block, mean and maximum", experimental=True, mu=1.0
 )
-register("sketch+tpd", sketch.scores, "the block sketch with budgets that decay", experimental=True, mu=0.7)
+register("sketch+tpd", sketch.means_scores, "the block sketch with budgets that decay", experimental=True, mu=0.7)
 register(
     "sketch-outliers",
-    sketch.outlier_scores,
+    sketch.scores,
     "attention between 16 outlier queries + 8 means and 4 outlier keys + 8 means",
     experimental=True,
     mu=1.0,
