@@ -61,7 +61,7 @@ class BoundLayout:
     layout: Any  # a stem_flex.layout.Layout: this package does not know its kinds
     geometry: Geometry
     spans: Spans | None = field(default=None, repr=False)
-    memo: dict[Any, Tensor] | None = field(default=None, repr=False)
+    memo: dict[Any, Any] | None = field(default=None, repr=False)
 
     lo, hi, full_lo, full_hi, own_lo, own_hi, position, prompt_blocks = map(_column, range(8))
 
@@ -97,12 +97,12 @@ class BoundLayout:
         causal = any(part.forbids_future() for part in self.layout.parts())
         return self.geometry.q_offset if causal and not isinstance(self.geometry.q_offset, Tensor) else None
 
-    def remembered(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    def remembered(self, key: Any, make: Callable[[], Any]) -> Any:
         """``make()``, kept under ``key`` for as long as the binding is; of a graph being captured nothing is kept."""
         if self.memo is not None and key in self.memo:
             return self.memo[key]
         value = make()
-        if self.memo is not None and not (value.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if self.memo is not None and not (self.rows.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.memo[key] = value
         return value
 
