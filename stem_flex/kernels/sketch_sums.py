@@ -130,15 +130,6 @@ def _edge_tile(
 
 
 @triton.jit
-def _classes_of(classes, b, h, i, stride_b, stride_h, stride_r):
-    """Where the classes of each row begin, or None."""
-    if classes is None:
-        return None
-    else:
-        return classes + (b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h) + i.to(tl.int64) * stride_r
-
-
-@triton.jit
 def _store_tile(sums, tops, sums_at, tops_at, tops_plane, total, top, in_m, j, width):
     """Write one tile. The largest sum of a row with any allowed pair is at least 1: its top is one of its terms."""
     row_sum = tl.sum(total, axis=1)
@@ -187,7 +178,10 @@ def _sums_kernel(
         plain_high = tl.minimum(tl.min(high, axis=0), real_high // BLOCK)
         if classes is not None:
             plain_high = plain_high * 0  # what is allowed is for the table to say
-        kinds = _classes_of(classes, b, h, i, class_stride_b, class_stride_h, class_stride_r)
+        kinds = classes
+        if classes is not None:
+            kinds = classes + (b.to(tl.int64) * class_stride_b + h.to(tl.int64) * class_stride_h)
+            kinds = kinds + i.to(tl.int64) * class_stride_r
         first = (b * Q_HEADS + h).to(tl.int64) * (count * P)
         queries += first * WIDTH
         keys += bkv.to(tl.int64) * (OUTLIERS + MEANS) * plane
