@@ -110,19 +110,23 @@ def _plain_tile(
 @triton.jit
 def _edge_tile(
     q, queries, keys, plane, m, j, j_safe, low, high, kinds, real_low, real_high, scale, OUTLIERS: tl.constexpr,
-    MEANS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    MEANS: tl.constexpr, BLOCK: tl.constexpr, LOG_TOKENS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """(sums, top) of any tile; ``kinds`` points at the classes of each proxy's row, or is None."""
     top = tl.full((m.shape[0],), -1.0e30, tl.float32)
     sums = tl.zeros((m.shape[0], j.shape[0]), dtype=tl.float32)
-    allowed = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
-    if kinds is not None:
-        allowed = allowed & (tl.load(kinds[:, None] + j[None, :], mask=allowed, other=0) > 0)
-    for p in range(0, OUTLIERS + MEANS):
+    first, end = tl.min(j, axis=0) * BLOCK, (tl.max(j, axis=0) + 1) * BLOCK
+    # Not hoisted: comparing anew costs less than holding a flag for every pair.
+    for p in tl.range(0, OUTLIERS + MEANS, disable_licm=True):
         s = _products(q, queries, keys + p * plane, m, j_safe, WIDTH, BLOCK_D, PRECISION, UPCAST)
-        s = s * scale + _log_stood_for(p, j, real_low, real_high, OUTLIERS, MEANS, BLOCK)[None, :]
-        s = tl.where(allowed, s, float("-inf"))
+        log_tokens = tl.zeros((j.shape[0],), tl.float32) + tl.where(p < OUTLIERS, 0.0, LOG_TOKENS)
+        if (first < real_low) | (end > real_high):
+            log_tokens = _log_stood_for(p, j, real_low, real_high, OUTLIERS, MEANS, BLOCK)
+        allowed = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
+        if kinds is not None:
+            allowed = allowed & (tl.load(kinds[:, None] + j[None, :], mask=allowed, other=0) > 0)
+        s = tl.where(allowed, s * scale + log_tokens[None, :], float("-inf"))
         higher = tl.maximum(top, tl.max(s, axis=1))
         sums = sums * tl.exp2(top - higher)[:, None] + tl.exp2(s - higher[:, None])
         top = higher
@@ -145,7 +149,7 @@ def _sums_kernel(
     tops_stride, tops_plane, rows_stride_b, class_stride_b, class_stride_h, class_stride_r, plane, scale,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, OUTLIERS: tl.constexpr,
     MEANS: tl.constexpr, BLOCK: tl.constexpr, LOG_TOKENS: tl.constexpr, SPAN: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """One program BLOCK_M query proxies and SPAN tiles of key blocks: (b, kv head) slowest, then the tiles, then the
     (query proxies, head of the group) that share them, last rows first.
@@ -172,12 +176,18 @@ def _sums_kernel(
     some = high > low
     begin = tl.maximum(span * SPAN, tl.min(tl.where(some, low, 2147483647), axis=0) // BLOCK_J)
     end = tl.minimum((span + 1) * SPAN, tl.cdiv(tl.max(tl.where(some, high, 0), axis=0), BLOCK_J))
-    if begin < end:
-        real_low, real_high = _valid_range(key_start, key_end, b, k_len)
-        plain_low = tl.maximum(tl.max(low, axis=0), tl.cdiv(real_low, BLOCK))
-        plain_high = tl.minimum(tl.min(high, axis=0), real_high // BLOCK)
-        if classes is not None:
-            plain_high = plain_high * 0  # what is allowed is for the table to say
+    real_low, real_high = _valid_range(key_start, key_end, b, k_len)
+    # tiles of which every pair is allowed and every key real; with a class table none is known to be
+    plain_begin = tl.cdiv(tl.maximum(tl.max(low, axis=0), tl.cdiv(real_low, BLOCK)), BLOCK_J)
+    plain_end = tl.minimum(tl.min(high, axis=0), real_high // BLOCK) // BLOCK_J
+    if classes is not None:
+        plain_end = begin
+    plain_begin = tl.minimum(tl.maximum(plain_begin, begin), end)
+    plain_end = tl.maximum(tl.minimum(plain_end, end), plain_begin)
+    tiles = plain_end - plain_begin
+    if EDGE:
+        tiles = end - begin - tiles
+    if tiles > 0:
         kinds = classes
         if classes is not None:
             kinds = classes + (b.to(tl.int64) * class_stride_b + h.to(tl.int64) * class_stride_h)
@@ -190,29 +200,32 @@ def _sums_kernel(
             q = tl.load(queries + m[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
             if UPCAST:
                 q = q.to(tl.float32)
-        for tile in range(begin, end):
-            j = tile * BLOCK_J + tl.arange(0, BLOCK_J)
-            if (tile * BLOCK_J >= plain_low) & ((tile + 1) * BLOCK_J <= plain_high):
+        for n in range(0, tiles):
+            if EDGE:
+                tile = tl.where(begin + n < plain_begin, begin + n, plain_end + (n - (plain_begin - begin)))
+                j = tile * BLOCK_J + tl.arange(0, BLOCK_J)
+                total, top = _edge_tile(q, queries, keys, plane, m, j, tl.minimum(j, k_blocks - 1), low, high, kinds,
+                                        real_low, real_high, scale, OUTLIERS, MEANS, BLOCK, LOG_TOKENS, WIDTH, BLOCK_D,
+                                        PRECISION, UPCAST)  # fmt: skip
+            else:
+                tile = plain_begin + n
+                j = tile * BLOCK_J + tl.arange(0, BLOCK_J)
                 total, top = _plain_tile(q, queries, keys, plane, m, j, scale, OUTLIERS, MEANS, LOG_TOKENS, WIDTH,
                                          BLOCK_D, PRECISION, UPCAST)  # fmt: skip
-            else:
-                total, top = _edge_tile(q, queries, keys, plane, m, j, tl.minimum(j, k_blocks - 1), low, high, kinds,
-                                        real_low, real_high, scale, OUTLIERS, MEANS, BLOCK, WIDTH, BLOCK_D, PRECISION,
-                                        UPCAST)  # fmt: skip
             _store_tile(sums, tops, (first + m) * sums_stride, (first + m) * tops_stride + tile, tops_plane, total,
                         top, in_m, j, width)  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
-def _sums_meta(keys: Plane, queries: Plane, item_size: int, tile: Tile) -> tuple[float, dict[str, object]]:
-    """(scale in base 2, compile-time arguments) of the sums."""
+def _sums_meta(keys: Plane, queries: Plane, item_size: int, tile: Tile) -> tuple[float, tuple[dict[str, object], ...]]:
+    """scale in base 2, and the compile-time arguments of the plain tiles' launch and of the others'."""
     meta = dict(
         Q_HEADS=queries.heads, KV_HEADS=keys.heads, WIDTH=keys.width, P=queries.proxies, OUTLIERS=keys.outliers,
         MEANS=keys.means, BLOCK=keys.block, LOG_TOKENS=log2(keys.block / keys.means), SPAN=tile.span,
         PRECISION="ieee" if item_size == 4 else "tf32", UPCAST=INTERPRETED, BLOCK_M=tile.block_m, BLOCK_J=tile.block_j,
         BLOCK_D=min(tile.block_d, keys.width), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return log2(exp(1)) / sqrt(keys.head_dim), meta
+    return log2(exp(1)) / sqrt(keys.head_dim), ({**meta, "EDGE": False}, {**meta, "EDGE": True, "maxnreg": 32768 // (32 * tile.warps)})
 
 
 def sum_tiles(
@@ -238,7 +251,7 @@ def sum_tiles(
         restrictions: classes, key_start, key_end.
     """
     query_plane, key_plane = planes
-    scale, meta = _sums_meta(key_plane, query_plane, queries.element_size(), tile)
+    scale, (meta, edge_meta) = _sums_meta(key_plane, query_plane, queries.element_size(), tile)
     classes, key_start, key_end = restrictions
     proxies = chunk.height * query_plane.proxies
     tiles = -(-chunk.width // tile.block_j)
@@ -249,6 +262,7 @@ def sum_tiles(
     )  # fmt: skip
     programs = batch * query_plane.heads * -(-proxies // tile.block_m) * -(-tiles // tile.span)
     launch(_sums_kernel, programs, args, meta, plan, ("sums", chunk.row))
+    launch(_sums_kernel, programs, args, edge_meta, plan, ("edges", chunk.row))
 
 
 def sums_stride(width: int) -> int:
