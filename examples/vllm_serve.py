@@ -1,7 +1,7 @@
 """Serve a model by vLLM with sparse prefill, ask it about a long document, and see the density.
 
     python examples/vllm_serve.py                                  # the shipped model and document
-    python examples/vllm_serve.py --model DIR --tokens 30000 --stem '{"config": {"schedule": "operator"}}' -- --dtype auto
+    python examples/vllm_serve.py --model DIR --tokens 30000 --stem '{"min_tokens": 16384}' -- --max-model-len 32768
 
 Starts vLLM's OpenAI-compatible server on this machine alone, hides a sentence in the document, asks for it, prints the
 answer and what the server's ``/metrics`` say, and stops the server. What follows ``--`` goes to vLLM. Needs vLLM 0.32
@@ -31,7 +31,10 @@ HERE = Path(__file__).resolve().parent
 MODEL = HERE / "needle_lm"
 STEM = {"config": {"schedule": "fixed", "k_start": 0.25}, "min_tokens": 2048, "dense_layers": [0, 1]}
 KEY, VALUE = "amber-falcon", "4831907"
-BEGIN = "<|endoftext|>Some special magic numbers are hidden in the following text. You will be asked for the numbers later.\n\n"
+BEGIN = (
+    "<|endoftext|>Some special magic numbers are hidden in the following text. You will be asked for the numbers later."
+    "\n\n"
+)
 NEEDLE = f"\nOne of the special magic numbers for {KEY} is: {VALUE}.\n"
 QUESTION = (
     f"\n\nQuestion: What is the special magic number for {KEY} in the text above?\n"
@@ -126,7 +129,7 @@ def main() -> None:
     middle = text.find("\n", len(text) // 2)
     prompt = BEGIN + text[:middle] + NEEDLE + text[middle:] + QUESTION
     start = time.monotonic()
-    arguments = options.vllm or ["--max-model-len", "16384", "--dtype", "float32"]
+    arguments = options.vllm or ["--max-model-len", "16384", "--dtype", "float32", "--enforce-eager"]
     with server(options.model, options.stem, arguments) as address:
         print(f"server up at {address} after {time.monotonic() - start:.0f} s")
         start = time.monotonic()
@@ -135,9 +138,9 @@ def main() -> None:
         print(f"answer {answer!r}, hidden {VALUE!r}, after {time.monotonic() - start:.1f} s")
         assert counts.get("calls", 0) > 0, f"nothing ran sparse: a prompt of {options.tokens} tokens is too short"
         print(
-            f"{counts['chunks']:.0f} chunks of {counts['tokens']:.0f} prompt tokens ran sparse: {counts['density']:.1%} of "
-            f"the causal blocks, {1000 * counts['seconds'] / counts['calls']:.1f} ms a layer and chunk, compilation "
-            "included"
+            f"{counts['chunks']:.0f} chunks of {counts['tokens']:.0f} prompt tokens ran sparse, "
+            f"{counts['density']:.1%} of the causal blocks, "
+            f"{1000 * counts['seconds'] / counts['calls']:.1f} ms a layer and chunk, compilation included"
         )
 
 

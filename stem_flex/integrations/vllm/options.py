@@ -10,6 +10,7 @@ from stem_flex.integrations.hf_settings import Settings
 
 KEY = "stem_flex"
 _NAME = f"additional_config[{KEY!r}]"
+_SETTINGS = ("config", "dense_layers", "min_tokens")
 
 
 def asked(vllm_config: Any) -> bool:
@@ -22,12 +23,13 @@ def parse(data: Any, layers: int | None = None) -> Settings:
     """The settings of ``additional_config["stem_flex"]``; {} is the defaults.
 
     Raises:
-        TypeError, ValueError: what is not as ``Settings.to_json`` makes it, and ``fallback``, which vLLM decides.
+        TypeError, ValueError: what is not as ``Settings.to_json`` makes it, and settings that vLLM decides itself.
     """
     if not isinstance(data, dict):
         raise TypeError(f"{_NAME} must be a dict, got {data!r}; use {{}} for the defaults")
-    if "fallback" in data:
-        raise ValueError(f"{_NAME} has no setting 'fallback' in vLLM: what is not sparse runs by vLLM's own backend")
+    unknown = sorted(set(map(str, data)) - set(_SETTINGS))
+    if unknown:
+        raise ValueError(f"{_NAME} must have settings of {_SETTINGS}, got {unknown}; dense attention is vLLM's own")
     return Settings.from_json(data, layers, name=_NAME)
 
 
