@@ -170,11 +170,7 @@ register(
 )
 register("stem-log", oam_scores, "Stem with the paper's Eq. 7 magnitude", fused=stem.tables, metric="log", mu=0.7)
 register(
-    "sketch",
-    sketch.means_scores,
-    "attention between 16 means of each block, mean and maximum",
-    experimental=True,
-    mu=1.0,
+    "sketch", sketch.means_scores, "attention between 16 means of each block, mean and maximum", experimental=True, mu=1.0
 )
 register("sketch+tpd", sketch.means_scores, "the block sketch with budgets that decay", experimental=True, mu=0.7)
 register(
