@@ -188,15 +188,26 @@ def rule_of(options: argparse.Namespace) -> Budget | None:
     """
     if options.budget == "density":
         return None
-    if options.budget == "own":
-        rule = get(options.selector).budget
-        if rule is None:
-            raise ValueError(f"budget own needs a selector with a rule, {options.selector} has none; use a density")
-        return rule
-    kind = getattr(budget, RULES[options.budget], None)
-    if kind is None:
-        raise ValueError(f"budget {options.budget} must be a rule of stem_flex.budget, which has no such one here")
-    return kind(options.threshold)
+    label = "own" if options.budget == "own" else f"{options.budget}:{options.threshold}"
+    rule = rule_named(label, get(options.selector))
+    if rule is None:
+        raise ValueError(f"budget own needs a selector with a rule, {options.selector} has none; use a density")
+    return rule
+
+
+def rule_named(label: str, selector: Selector) -> Budget | None:
+    """The rule "own" (the selector's, None if it has none) or "NAME:THRESHOLD", as "mass:0.05".
+
+    Raises:
+        ValueError: there is no such rule.
+    """
+    if label == "own":
+        return selector.budget
+    name, _, threshold = label.partition(":")
+    kind = getattr(budget, RULES.get(name, ""), None)
+    if kind is None or not threshold:
+        raise ValueError(f"a budget rule must be own or NAME:THRESHOLD with NAME of {sorted(RULES)}, got {label!r}")
+    return kind(float(threshold))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
