@@ -66,8 +66,10 @@ def over_models(results: Path) -> str:
     )
     return (
         f"The same over models, at {MODELS_DENSITY:.0%} of the blocks or by a budget rule, whose density is as it "
-        f"falls (in brackets, of text). SmolLM2-135M-Instruct, by `python -m bench.models smollm2`, is asked in its own "
-        f"chat format. {commands}.\n\n" + _table(["selector", *heads], rows) + "\n![models](bench/results/models.png)\n"
+        f"falls (in brackets, of text). SmolLM2-135M-Instruct, by `python -m bench.models smollm2`, is asked in "
+        f"its own chat format. {commands}.\n\n"
+        + _table(["selector", *heads], rows)
+        + "\n![models](bench/results/models.png)\n"
     )
 
 
