@@ -230,11 +230,14 @@ def _forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     changing = [name for name in ("sliding_window", "softcap", "s_aux", "position_bias") if kwargs.get(name)]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.shape[2] == 1 and attention_mask is None and not changing:  # decoding is dense
+        out = scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
     if changing or attention_mask is not None or query.shape[2] != key.shape[2]:
         raise NotImplementedError(
             f"the benchmark serves plain causal attention over whole prompts, got {changing or 'a mask or a cache'}"
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = _current[-1](module.layer_idx, query, key, value, scale)
     return out.transpose(1, 2).contiguous(), None
 
