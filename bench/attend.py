@@ -26,10 +26,11 @@ from stem_flex.layout import causal
 from stem_flex.mask import assemble
 from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.plumbing.classes import EMPTY
+from stem_flex.score import oam_scores
 from stem_flex.select import forced_blocks, select_blocks
 from stem_flex.selectors import Selector, get
 
-RULES = {"mass": "Mass", "coverage": "Coverage"}  # classes of stem_flex.budget, of one threshold
+RULES = {"mass": budget.Mass, "peak": budget.Peak, "coverage": budget.Coverage}  # by a threshold
 IMPLEMENTATION = "stem_flex_bench"
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 
@@ -184,19 +185,21 @@ def rule_of(options: argparse.Namespace) -> Budget | None:
     """The rule that ``--budget`` and ``--threshold`` name; None for a density.
 
     Raises:
-        ValueError: this version has no such rule, or the selector none of its own.
+        ValueError: the rule does not suit the selector.
     """
     if options.budget == "density":
         return None
     label = "own" if options.budget == "own" else f"{options.budget}:{options.threshold}"
     rule = rule_named(label, get(options.selector))
     if rule is None:
-        raise ValueError(f"budget own needs a selector with a rule, {options.selector} has none; use a density")
+        raise ValueError(f"budget {options.budget} does not suit the selector {options.selector}; use a density")
     return rule
 
 
 def rule_named(label: str, selector: Selector) -> Budget | None:
-    """The rule "own" (the selector's, None if it has none) or "NAME:THRESHOLD", as "mass:0.05".
+    """The rule "own" (the selector's) or "NAME:THRESHOLD", as "mass:0.05"; None where the selector has none.
+
+    Thresholds speak of estimated attention mass; Stem's score, a mean logit, is none.
 
     Raises:
         ValueError: there is no such rule.
@@ -204,10 +207,9 @@ def rule_named(label: str, selector: Selector) -> Budget | None:
     if label == "own":
         return selector.budget
     name, _, threshold = label.partition(":")
-    kind = getattr(budget, RULES.get(name, ""), None)
-    if kind is None or not threshold:
+    if name not in RULES or not threshold:
         raise ValueError(f"a budget rule must be own or NAME:THRESHOLD with NAME of {sorted(RULES)}, got {label!r}")
-    return kind(float(threshold))
+    return None if selector.scores is oam_scores else RULES[name](float(threshold))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float) -> Tensor:

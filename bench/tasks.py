@@ -45,7 +45,7 @@ class Frame:
     """The tokens around a prompt: a beginning of text, or an instruct model's chat.
 
     before: put first. between: where a chat's question ends and the model's answer begins, in place of the line break
-    and "Answer: " of a question; None where there is no chat.
+    and "Answer:" of a question; None where there is no chat.
     """
 
     before: tuple[int, ...] = ()
@@ -55,8 +55,8 @@ class Frame:
         """The tokens of a question and of the beginning of its answer."""
         if self.between is None:
             return encode(question)
-        asked, _, begun = question.partition("\nAnswer: ")
-        return [*encode(asked), *self.between, *encode(begun)]
+        asked, _, begun = question.partition("\nAnswer:")
+        return [*encode(asked), *self.between, *encode(begun.lstrip(" "))]
 
 
 def chat_frame(tokenizer: Any) -> Frame:
