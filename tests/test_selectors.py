@@ -140,7 +140,7 @@ def test_a_registered_selector_joins_the_table(registry, tmp_path, monkeypatch):
     """bench.ruler and bench.accuracy take it by name, and the table of a tiny model has its row."""
     transformers = pytest.importorskip("transformers", reason="the benchmark runs transformers models")
     pytest.importorskip("matplotlib", reason="the report draws")
-    from bench import accuracy, ruler
+    from bench import accuracy, models, ruler
 
     def first_blocks(q, k, v, config, *, layout=None, q_offset=0):
         scores = oracle.scores(q, k, v, config, layout=layout, q_offset=q_offset)
@@ -155,7 +155,7 @@ def test_a_registered_selector_joins_the_table(registry, tmp_path, monkeypatch):
         head_dim=16, intermediate_size=32, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(ruler.MODEL)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models.SHIPPED)
     tokenizer.save_pretrained(tmp_path / "model")
     text = ruler.read_corpus(tokenizer, 100_000)
     monkeypatch.setattr(ruler, "read_corpus", lambda tokenizer: text)
