@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,24 @@ from stem_flex.plumbing.slices import rows_of
 from stem_flex.selectors import Selector, resolve
 
 _NAME = "context_prefill"
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What :func:`context_prefill` is asked for; the names are its own."""
+
+    split: Split
+    key_split: Split
+    layout: Layout
+    q_offset: int | Tensor
+    prompt_len: int | Tensor | None
+    kv_len: int | Tensor | None
+    scale: float | None
+    backend: str
+    return_lse: bool
+    selector: str | Selector | None
+    budget: int | Tensor | Budget | None
+    impl: str
 
 
 class _Prepared(NamedTuple):
@@ -95,43 +114,46 @@ def context_prefill(
     group = group_of(group)
     rank = dist.get_rank(group)
     meeting = Meeting.of(group)
+    options = _Options(
+        split, split if key_split is None else key_split, causal() if layout is None else layout, q_offset, prompt_len,
+        kv_len, scale, backend, return_lse, selector, budget, impl,
+    )  # fmt: skip
 
     def prepare() -> _Prepared:
-        keys = split if key_split is None else key_split
-        check_group(group, split, q.device)
-        check_group(group, keys, q.device)
-        return _prepare(
-            rank, q, k, v, config, split, keys, layout, q_offset, prompt_len, kv_len, scale, backend, return_lse,
-            selector, budget, impl,
-        )  # fmt: skip
+        check_qkv(q, k, v)
+        check_group(group, options.split, q.device)
+        check_group(group, options.key_split, q.device)
+        return _prepare(rank, q, k, v, check_config(config), options)
 
     known = meeting.agree(_NAME, timeout, prepare, lambda x: x.facts)
 
     def compute() -> tuple[Tensor, ...]:
-        exchange((known.k, known.v), split if key_split is None else key_split, group)
-        attend = _attend(known, scale, backend, return_lse, budget, impl)
-        parts = [attend(first, last) for first, last in split.ranges[rank]]
-        return tuple(x[0] if len(x) == 1 else torch.cat(x, 2) for x in zip(*parts, strict=True))
+        exchange((known.k, known.v), options.key_split, group)
+        return _attend(known, options, split.ranges[rank])
 
     found = meeting.agree(_NAME, timeout, compute, lambda _: {})
     return (found[0], found[1]) if return_lse else found[0]
 
 
-def _prepare(
-    rank, q, k, v, config, split, keys, layout, q_offset, prompt_len, kv_len, scale, backend, return_lse, selector,
-    budget, impl,
-) -> _Prepared:  # fmt: skip
-    check_qkv(q, k, v)
-    check_scale(scale)
-    selector = resolve(selector)
-    config = selector.configured(check_config(config))
-    _check_rows(rank, q, k, split, keys, config)
+def _prepare(rank: int, q: Tensor, k: Tensor, v: Tensor, config: StemConfig, options: _Options) -> _Prepared:
+    split, keys, layout = options.split, options.key_split, options.layout
+    selector = resolve(options.selector)
+    config = selector.configured(config)
+    blocks = (config.query_block, config.key_block)
+    check_scale(options.scale)
+    _check_rows(rank, q, k, split, keys, config.query_block)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("q, k and v must not need gradients: none flow between ranks; use torch.no_grad()")
-    blocks = (config.query_block, config.key_block)
-    choose(q, v, backend=backend, block_size=blocks, plain_density=None, needs_grad=False, return_lse=return_lse)
-    resolve_impl(impl, q)
-    layout = causal() if layout is None else layout
+    choose(
+        q,
+        v,
+        backend=options.backend,
+        block_size=blocks,
+        plain_density=None,
+        needs_grad=False,
+        return_lse=options.return_lse,
+    )
+    resolve_impl(options.impl, q)
     if not isinstance(layout, Layout):
         raise TypeError(f"layout must come from stem_flex.layout, got {type(layout).__name__}")
     bound = layout.bind(
@@ -139,9 +161,9 @@ def _prepare(
         q.shape[1],
         split.tokens,
         keys.tokens,
-        q_offset=q_offset,
-        prompt_len=prompt_len,
-        kv_len=kv_len,
+        q_offset=options.q_offset,
+        prompt_len=options.prompt_len,
+        kv_len=options.kv_len,
         block_size=blocks,
         device=q.device,
     )
@@ -150,38 +172,32 @@ def _prepare(
         "dtype": q.dtype,
         "split": fingerprint(split),
         "key_split": fingerprint(keys),
+        "selector": selector.name,
         "config": config,
         "layout": " & ".join(type(part).__name__ for part in layout.parts()),
-        "q_offset": _plain(q_offset),
-        "prompt_len": _plain(prompt_len),
-        "kv_len": _plain(kv_len),
-        "scale": scale,
-        "backend": backend,
-        "return_lse": return_lse,
-        "selector": selector.name,
-        "budget": _plain(budget),
-        "impl": impl,
     }
+    for name in ("q_offset", "prompt_len", "kv_len", "scale", "backend", "return_lse", "budget", "impl"):
+        facts[name] = _in_words(getattr(options, name))
     return _Prepared(q.detach(), placed(k, keys, rank), placed(v, keys, rank), bound, config, selector, facts)
 
 
-def _check_rows(rank: int, q: Tensor, k: Tensor, split: Split, keys: Split, config: StemConfig) -> None:
+def _check_rows(rank: int, q: Tensor, k: Tensor, split: Split, keys: Split, block: int) -> None:
     for name, x, own in (("q", q, split), ("k", k, keys)):
         if x.shape[2] != own.rows(rank):
             raise ValueError(
                 f"{name} must have the {own.rows(rank)} rows that rank {rank} holds of {own.tokens}, got {x.shape[2]}; "
                 f"pass split.shard({name}, rank)"
             )
-    begun = [start for own in split.ranges for start, _ in own if start % config.query_block]
+    begun = [start for own in split.ranges for start, _ in own if start % block]
     if begun:
         raise ValueError(
-            f"split must begin its ranges at multiples of the query block, {config.query_block} tokens, got one at "
-            f"{begun[0]}; make it with this config"
+            f"split must begin its ranges at multiples of the query block, {block} tokens, got one at {begun[0]}; "
+            "make it with this config"
         )
 
 
-def _plain(value: object) -> str:
-    """A value in a word; of tensors, which are not waited for, the shape."""
+def _in_words(value: object) -> str:
+    """Of a tensor, whose values are not waited for, the shape."""
     if isinstance(value, Blocks):
         value = value.blocks
     if isinstance(value, Tensor):
@@ -189,23 +205,14 @@ def _plain(value: object) -> str:
     return type(value).__name__ if isinstance(value, Budget) else str(value)
 
 
-def _attend(
-    known: _Prepared,
-    scale: float | None,
-    backend: str,
-    return_lse: bool,
-    budget: int | Tensor | Budget | None,
-    impl: str,
-) -> Callable[[int, int], tuple[Tensor, ...]]:
-    """Attention of one range of the rank's rows, ranges in order."""
+def _attend(known: _Prepared, options: _Options, ranges: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """Output, and lse where it is asked for, of the rank's ranges of rows one after the other."""
     k, v = (x.movedim(0, 2) for x in (known.k, known.v))
     block = known.config.query_block
+    parts: list[tuple[Tensor, ...]] = []
     done = 0
-
-    def attend(start: int, end: int) -> tuple[Tensor, ...]:
-        nonlocal done
+    for start, end in ranges:
         q = known.q[:, :, done : done + end - start]
-        done += end - start
         first, last = start // block, -(-end // block)
         mask = stem_block_mask(
             q,
@@ -214,18 +221,18 @@ def _attend(
             known.config,
             layout=rows_of(known.bound, first, last),
             selector=known.selector,
-            budget=_rows_budget(budget, first, last),
-            impl=impl,
+            budget=_rows_budget(options.budget, first, last),
+            impl=options.impl,
         )
-        out = sparse_prefill(q, k, v, mask, scale=scale, backend=backend, return_lse=return_lse)
-        return out if isinstance(out, tuple) else (out,)
+        out = sparse_prefill(q, k, v, mask, scale=options.scale, backend=options.backend, return_lse=options.return_lse)
+        parts.append(out if isinstance(out, tuple) else (out,))
+        done += end - start
+    return tuple(x[0] if len(x) == 1 else torch.cat(x, 2) for x in zip(*parts, strict=True))
 
-    return attend
 
-
-def _rows_budget(budget: int | Tensor | Budget | None, first: int, last: int) -> int | Tensor | Budget | None:
+def _rows_budget(budget: Any, first: int, last: int) -> int | Tensor | Budget | None:
     """What is given for every query block, for the blocks [first, last)."""
-    given = budget.blocks if isinstance(budget, Blocks) else budget
+    given = getattr(budget, "blocks", budget)
     if isinstance(given, Tensor) and given.dim() and given.shape[-1] != 1:
         return given[..., first:last]
     return budget

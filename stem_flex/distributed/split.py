@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,11 +169,11 @@ def _kept(
 ) -> list[float] | None:
     """Blocks that each row of query blocks keeps, over all batch rows; None: only the device knows."""
     parts = layout.parts()
-    read = (*layout.reads(), getattr(rule, "blocks", None))
+    given: Any = getattr(rule, "blocks", None)
+    read: tuple[Any, ...] = (*layout.reads(), given)
     on_device = any(isinstance(x, Tensor) and x.device.type != "cpu" for x in read)
     if rule.needs_scores or on_device or any(part.sizes()[1] > 1 or _is_mask_mod(part) for part in parts):
         return None
-    given = getattr(rule, "blocks", None)
     wide = given.shape if isinstance(given, Tensor) else ()
     heads = wide[-2] if len(wide) >= 2 else 1
     batch = max([part.sizes()[0] for part in parts] + [wide[0] if len(wide) == 3 else 1])
