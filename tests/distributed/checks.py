@@ -13,8 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from stem_flex import StemConfig, layout, reference, selectors, stem_block_mask
+from stem_flex import StemConfig, attention, layout, reference, selectors, stem_attention, stem_block_mask
 from stem_flex.budget import Blocks, Budget
 from stem_flex.distributed import Split, balanced, context_prefill, prefill, unshard, zigzag
 from stem_flex.plumbing.classes import FULL, PARTIAL
@@ -43,7 +45,7 @@ class Seen:
     def __init__(self) -> None:
         self.masks: list[Any] = []
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scale=None, backend="auto", return_lse=False):
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scale=None, return_lse=False, **other: Any):
         self.masks.append(mask)
         out, lse = reference.masked_attention(q, k, v, tokens(mask), scale=scale)
         return (out.to(q.dtype), lse.float()) if return_lse else out.to(q.dtype)
@@ -178,6 +180,65 @@ def check_lse(rank: int, world: int) -> None:
         prefill.choose = before
     _, exact = reference.stem_attention(q, k, v, SMALL, return_lse=True)
     torch.testing.assert_close(lse, split.shard(exact, rank).float())
+
+
+# -- DTensors -------------------------------------------------------------------------------------------------------
+
+
+def check_dtensors_spread_by_heads(rank: int, world: int) -> None:
+    q, k, v = qkv(2, 8, 4, 150, Dv=4)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "heads"))
+    padded = layout.padding([150, 90])
+    whole = stem_block_mask(q, k, v, SMALL, layout=padded)
+    exact = reference.masked_attention(q, k, v, tokens(whole))[0]
+    before, attention.sparse_prefill = attention.sparse_prefill, Seen()
+    try:
+        for placements in ([Replicate(), Shard(1)], [Shard(1), Shard(1)], [Replicate(), Replicate()]):
+            spread = [distribute_tensor(x, mesh, placements) for x in (q, k, v)]
+            mask = stem_block_mask(*spread, SMALL, layout=padded)
+            out = stem_attention(*spread, SMALL, layout=padded)
+            assert out.placements == tuple(placements)
+            assert out.shape == exact.shape
+            ways = placements.count(Shard(1))
+            first = mesh.get_local_rank(1) if ways == 1 else 2 * mesh.get_local_rank(0) + mesh.get_local_rank(1)
+            heads = slice(first * 8 // 2**ways, (first + 1) * 8 // 2**ways) if ways else slice(None)
+            assert torch.equal(kept(mask), kept(whole)[:, heads])
+            assert (out.full_tensor() - exact).abs().max() < 1e-5
+    finally:
+        attention.sparse_prefill = before
+
+
+def check_other_dtensors_are_refused(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    q, k, v = qkv(4, 8, 4, 64)
+
+    def spread(*placements: Any, tensors: Any = (q, k, v)) -> list[Any]:
+        return [distribute_tensor(x, mesh, [p]) for x, p in zip(tensors, placements * 3, strict=False)]
+
+    few = spread(Shard(1), tensors=(q, k[:, :2], v[:, :2]))
+    each = {"budget": torch.ones(8, 4, dtype=torch.int32)}
+    by_head = layout.from_mask_mod(lambda b, h, i, j: i - j < 9 * (h + 1), None, 8, 64, 64)
+    for error, message, tensors, options in (
+        (ValueError, r"spread by heads.* got S\(2\).*context_prefill", spread(Shard(2)), {}),
+        (ValueError, r"spread by heads.* got S\(0\).*to_local", spread(Shard(0)), {}),
+        (ValueError, r"spread by heads.* got S\(3\).*redistribute", spread(Shard(3)), {}),
+        (ValueError, "k must be placed as q is", spread(Shard(1), Replicate(), Shard(1)), {}),
+        (TypeError, "v must be a DTensor as the others are, got Tensor", [*spread(Shard(1))[:2], v], {}),
+        (ValueError, "k must have a multiple of the mesh's 4 ranks as heads, got 2", few, {}),
+        (ValueError, "layout must not tell heads apart", spread(Shard(1)), {"layout": by_head}),
+        (ValueError, "budget must not tell heads apart", spread(Shard(1)), each),
+    ):
+        for call in (stem_block_mask, stem_attention):
+            with pytest.raises(error, match=message):
+                call(*tensors, SMALL, **options)
+    with pytest.raises(ValueError, match="score_mod must not tell heads apart"):
+        stem_attention(*spread(Shard(1)), SMALL, score_mod=lambda score, b, h, i, j: score * h)
+    partial = [DTensor.from_local(x, mesh, [Partial()]) for x in (q, k, v)]
+    with pytest.raises(ValueError, match=r"got P.*redistribute to Shard\(1\)"):
+        stem_attention(*partial, SMALL)
+    split = zigzag(64, world, 16)
+    with pytest.raises(TypeError, match="q must be a plain tensor here, got a DTensor"):
+        context_prefill(*spread(Shard(2)), SMALL, split=split)
 
 
 # -- a rank that fails ----------------------------------------------------------------------------------------------

@@ -15,12 +15,23 @@ import torch.distributed as dist
 MOST_SECONDS = 240
 
 
-def start(world: int, checks: str, folder: Path) -> dict[str, list[str | None]]:
+def agreed(world: int, checks: str, folder: Path) -> list[str]:
     """Run every function ``check_*(rank, world)`` of the module ``checks`` on ``world`` ranks of a gloo group.
 
+    The environment of a rank tells it ``RANKS_FOLDER``, the folder, among what torchrun sets.
+
     Returns:
-        For each check what failed on each rank, None where nothing did.
+        The checks, none of which failed on any rank.
     """
+    found = _start(world, checks, folder)
+    failed = {name: texts for name, texts in found.items() if any(texts)}
+    lines = [f"{name}, rank {rank}: {x}" for name, texts in failed.items() for rank, x in enumerate(texts) if x]
+    assert not failed, "\n".join([f"{len(failed)} of {len(found)} checks failed", *lines])
+    return list(found)
+
+
+def _start(world: int, checks: str, folder: Path) -> dict[str, list[str | None]]:
+    """For each check what failed on each rank, None where nothing did."""
     context = multiprocessing.get_context("forkserver")  # torch is imported once, by a process without threads
     context.set_forkserver_preload([__name__, checks, "torch._inductor.compile_fx"])
     processes = [context.Process(target=_rank, args=(rank, world, checks, str(folder))) for rank in range(world)]
@@ -44,7 +55,7 @@ def _rank(rank: int, world: int, checks: str, folder: str) -> None:
     import importlib
 
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "RANKS_FOLDER": folder}
     store = dist.FileStore(f"{folder}/store", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=MOST_SECONDS))
     module = importlib.import_module(checks)
