@@ -74,8 +74,9 @@ def stem_block_mask(
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came, and the fix.
     """
-    selector = selectors.resolve(selector)
-    config = selector.configured(check_config(config))
+    config = check_config(config)
+    selector = selectors.resolve(selector, config)
+    config = selector.configured(config)
     check_qkv(q, k, v)
     if mask_mod not in ("layout", "exact"):
         raise ValueError(f"mask_mod must be 'layout' or 'exact', got {mask_mod!r}")
@@ -133,7 +134,7 @@ def _chosen(
     impl: str,
 ) -> BlockTables:
     """Score, then select. A selector's ``fused`` is the Triton backend of the pair, which holds no score matrix."""
-    rule = rule_of(selector.budget if budget is None else budget)
+    rule = rule_of(selector.budget if budget is None else budget, config)
     if impl == "triton" and selector.fused is not None and not rule.needs_scores:
         return selector.fused(q, k, v, bound, config, rule)
     given = {"impl": impl} if selector.has_kernels else {}
