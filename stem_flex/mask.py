@@ -135,8 +135,10 @@ def _chosen(
 ) -> BlockTables:
     """Score, then select. A selector's ``fused`` is the Triton backend of the pair, which holds no score matrix."""
     rule = rule_of(selector.budget if budget is None else budget, config)
-    if impl == "triton" and selector.fused is not None and not rule.needs_scores:
-        return selector.fused(q, k, v, bound, config, rule)
+    if impl == "triton" and selector.fused is not None:
+        tables = selector.fused(q, k, v, bound, config, rule)
+        if tables is not None:
+            return tables
     given = {"impl": impl} if selector.has_kernels else {}
     scores = selector.scores(q, k, v, config, layout=bound, **given)
     return select_blocks(scores, bound, config, budget=rule, impl=impl)

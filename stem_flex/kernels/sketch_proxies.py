@@ -62,9 +62,7 @@ class Plane(NamedTuple):
 def query_plane(heads: int, length: int, head_dim: int, block: int, outliers: int, means: int, rows: int) -> Plane:
     """Block by block: (heads, rows, P, width)."""
     width, proxies = triton.next_power_of_2(max(head_dim, 16)), outliers + means
-    return Plane(
-        heads, length, head_dim, block, outliers, means, width, rows * proxies * width, proxies * width, width
-    )
+    return Plane(heads, length, head_dim, block, outliers, means, width, rows * proxies * width, proxies * width, width)
 
 
 def key_plane(heads: int, length: int, head_dim: int, block: int, outliers: int, means: int) -> Plane:
