@@ -14,12 +14,14 @@ from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.plumbing.checks import check_config, check_qkv
 from stem_flex.plumbing.implementation import resolve
 from stem_flex.plumbing.mods import MaskModFn, of_blocks
+from stem_flex.plumbing.sharded import by_heads
 from stem_flex.plumbing.tables import BlockTables, block_classes, compact, table_shape
 from stem_flex.score import bind_to
 from stem_flex.select import select_blocks
 from stem_flex.selectors import Selector
 
 
+@by_heads
 def stem_block_mask(
     q: Tensor,
     k: Tensor,
@@ -46,7 +48,7 @@ def stem_block_mask(
     Args:
         q: (B, Hq, Lq, D), float16, bfloat16 or float32, any strides with a unit last one.
         k: (B, Hkv, Lk, D), the same dtype and device; Hq is a multiple of Hkv.
-        v: (B, Hkv, Lk, Dv).
+        v: (B, Hkv, Lk, Dv). DTensors spread by heads, ``Shard(1)``, give the mask of the rank's own heads.
         config: None means ``StemConfig()``.
         layout: structure of the mask (:mod:`stem_flex.layout`), None is causal; a bound one brings its offset and
             lengths with it.
