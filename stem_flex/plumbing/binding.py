@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from stem_flex.plumbing.ambient import without_autocast
 from stem_flex.plumbing.captured import state_of
 from stem_flex.plumbing.classes import EMPTY, classify
 from stem_flex.plumbing.geometry import LONGEST, Geometry, Spans
@@ -99,10 +100,13 @@ class BoundLayout:
 
     def remembered(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
         """``make()``, kept under ``key`` for as long as the binding is; of a graph being captured nothing is kept."""
-        if self.memo is not None and key in self.memo:
+        if self.memo is None:
+            return make()
+        if key in self.memo:
             return self.memo[key]
-        value = make()
-        if self.memo is not None and not (value.is_cuda and torch.cuda.is_current_stream_capturing()):
+        with torch.inference_mode(False), torch.no_grad():  # what is remembered also serves training
+            value = make()
+        if not (value.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.memo[key] = value
         return value
 
@@ -175,6 +179,7 @@ def bind(
 _kept_for_graphs: dict[int, BoundLayout] = {}  # a graph replays their addresses for as long as it lives
 
 
+@without_autocast
 def _bind(layout: Structure, geometry: Geometry, memo: bool) -> BoundLayout:
     parts = layout.parts()
     valid = _intersection([part.valid(geometry) for part in parts])
