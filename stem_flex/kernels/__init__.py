@@ -7,7 +7,9 @@ Importing this package imports Triton; the rest of `stem_flex` imports it only w
 `magnitude`    group magnitudes of a whole sequence -> one bias per key block
 `scores`       phase means -> block scores (a GEMM), in row chunks under a fixed workspace
 `select`       block scores -> compact ascending index tables
-`ops`          ``torch.ops.stem_flex.{tables,scores,select}`` over the four
+`topk`         the k largest of a row, for `select`
+`mass`         the true attention mass of every block pair, for the oracle
+`ops`          ``torch.ops.stem_flex.{tables,scores,select}`` over the first four
 =============  =========================================================================================
 """
 

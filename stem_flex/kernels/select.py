@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stem_flex.kernels.launch import Plan, launch
+from stem_flex.kernels.topk import DROPPED, NO_KEY, ranks_of, to_key, top_k, words_of
 
 # Tuning: rows up to ONE_WARP candidates take one warp (32 keys a thread, no barriers), wider ones a warp for every
 # CANDIDATES_PER_WARP, up to MAX_WARPS; halvings + 1; smallest BLOCK compiled; guessed search steps.
@@ -44,71 +45,6 @@ INTERPOLATIONS = 16
 MAX_CANDIDATES = 32768
 """Widest candidate range of one row (key blocks)."""
 
-_NO_KEY = tl.constexpr(-2147483648)  # not a candidate
-_DROPPED = tl.constexpr(-2147483647)  # a candidate that lost a tie
-_NAN_KEY = tl.constexpr(-2147483646)  # below -inf, which is -2139095041
-
-
-@triton.jit
-def _to_key(score):
-    """float32 -> int32 in the same order."""
-    bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 = 0.0; denormals stay
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(score != score, _NAN_KEY, key)
-
-
-@triton.jit
-def _to_score(key):
-    """int32 key -> float32."""
-    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _log_count(count):
-    """The logarithm of a count + 1/2, in units and with an accuracy that only interpolation is content with.
-
-    A float's bits are its logarithm, bent by less than a tenth of an octave: two instructions for twenty.
-    """
-    return (count.to(tl.float32) + 0.5).to(tl.int32, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _guess(low, high, part, step, INTERPOLATIONS: tl.constexpr):
-    """Next threshold, strictly between the keys ``low`` and ``high``, ``part`` of the way between their scores."""
-    guess = (low & high) + ((low ^ high) >> 1)
-    if step < INTERPOLATIONS:
-        x_low = _to_score(low)
-        x_high = _to_score(high)
-        if (x_low > float("-inf")) & (x_high < float("inf")):
-            bits = (x_low + (x_high - x_low) * part).to(tl.int32, bitcast=True)
-            guess = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.minimum(tl.maximum(guess, low + 1), high - 1)
-
-
-@triton.jit
-def _popcount(x):
-    """Bits set in each uint32. LLVM knows this sequence as one instruction."""
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24).to(tl.int32)
-
-
-@triton.jit
-def _words(flag):
-    """Flags (R, 32) -> R words of 32 bits: one warp-wide reduction each."""
-    bit = tl.arange(0, 32).to(tl.uint32)
-    return tl.sum(flag.to(tl.uint32) << bit[None, :], axis=1)
-
-
-@triton.jit
-def _rank(word):
-    """Set bits before each position in row-major order, (R, 32), and up to each word's end, (R,), from the words."""
-    count = _popcount(word)
-    so_far = tl.cumsum(count, axis=0)
-    below = ((1 << tl.arange(0, 32)) - 1).to(tl.uint32)
-    return (so_far - count)[:, None] + _popcount(word[:, None] & below[None, :]), so_far
-
 
 @triton.jit
 def _scatter(table, column, j, mask, BLOCK: tl.constexpr):
@@ -122,49 +58,11 @@ def _scatter(table, column, j, mask, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _count(key, least):
-    """How many keys are at least ``least``."""
-    return tl.sum((key >= least).to(tl.int32))
-
-
-@triton.jit
-def _top_k(key, n, k, INTERPOLATIONS: tl.constexpr):
-    """Keys and threshold such that exactly the k largest of n > k keys, ties to the lower index, reach it."""
-    low = tl.min(tl.where(key > _NO_KEY, key, 2147483647))
-    high = tl.max(key) + 1
-    above_low = n
-    above_high = n * 0
-    side = n * 0
-    step = n * 0
-    wanted = _log_count(k)
-    y_low = _log_count(above_low) - wanted
-    y_high = _log_count(above_high) - wanted
-    while (low + 1 < high) & (above_low != k):
-        guess = _guess(low, high, y_low / (y_low - y_high), step, INTERPOLATIONS)
-        above = _count(key, guess)
-        enough = above >= k
-        y = _log_count(above) - wanted
-        # Illinois: of two steps on one side the other end, which did not move, is taken for half as far off.
-        y_high = tl.where(enough, tl.where(side > 0, 0.5 * y_high, y_high), y)
-        y_low = tl.where(enough, y, tl.where(side < 0, 0.5 * y_low, y_low))
-        side = tl.where(enough, 1, -1)
-        low = tl.where(enough, guess, low)
-        above_low = tl.where(enough, above, above_low)
-        high = tl.where(enough, high, guess)
-        above_high = tl.where(enough, above_high, above)
-        step += 1
-    if above_low != k:
-        before, _ = _rank(_words(key == low))
-        key = tl.where((key == low) & (before >= k - above_high), _DROPPED, key)
-    return key, low
-
-
-@triton.jit
 def _keep(key, least, j, sink_high, own_low, own_high):
     """The keys that reach the threshold or are forced."""
     forced = (j < sink_high) | ((j >= own_low) & (j < own_high))
     # Raising the forced keys leaves `keep` one comparison away wherever it is needed, with no mask to hold.
-    key = tl.where(forced & (key > _NO_KEY), 2147483647, key)
+    key = tl.where(forced & (key > NO_KEY), 2147483647, key)
     return key >= least
 
 
@@ -177,10 +75,10 @@ def _write_classes(
     keep = _keep(key, least, j, sink_high, own_low, own_high)
     # One list after the other: holding both sets of ranks at once would double the registers.
     is_full = tl.load(classes + j, mask=keep, other=0) == 2
-    rank, so_far = _rank(_words(keep & is_full))
+    rank, so_far = ranks_of(words_of(keep & is_full))
     n_full = tl.max(so_far, axis=0)
     _scatter(table + partial_columns, rank, j, keep & is_full & (rank < width - partial_columns), BLOCK)
-    rank, so_far = _rank(_words(keep & (is_full == 0)))
+    rank, so_far = ranks_of(words_of(keep & (is_full == 0)))
     partial_room = tl.where(n_full > 0, partial_columns, width)
     _scatter(table, rank, j, keep & (is_full == 0) & (rank < partial_room), BLOCK)
     tl.store(partial_count, tl.minimum(tl.max(so_far, axis=0), partial_room))
@@ -194,7 +92,7 @@ def _write_interval(
 ):  # fmt: skip
     """A row whose full blocks are [full_low, full_high): a run of the kept ones, so one set of ranks serves both."""
     keep = _keep(key, least, j, sink_high, own_low, own_high)
-    rank, so_far = _rank(_words(keep))
+    rank, so_far = ranks_of(words_of(keep))
     is_full = (j >= full_low) & (j < full_high)
     n_full = tl.sum((keep & is_full).to(tl.int32))
     n_before = tl.sum((keep & (j < full_low)).to(tl.int32))
@@ -214,8 +112,8 @@ def _write_run(
 ):  # fmt: skip
     """A row whose partial blocks are the last n_partial <= 32, all forced (causal rows): they need no ranks."""
     forced = (j < sink_high) | (j >= own_low)
-    word = _words(((key >= least) | forced) & (key > _NO_KEY) & (j < full_high))
-    rank, so_far = _rank(word)
+    word = words_of(((key >= least) | forced) & (key > NO_KEY) & (j < full_high))
+    rank, so_far = ranks_of(word)
     bit = (1 << tl.arange(0, 32)).to(tl.uint32)
     keep = (word[:, None] & bit[None, :]) != 0
     _scatter(table + partial_columns, rank, j, keep & (rank < width - partial_columns), BLOCK)
@@ -243,10 +141,10 @@ def _select_row(
         candidate = candidate & (tl.load(classes + j, mask=candidate, other=0) > 0)
         n = tl.sum(candidate.to(tl.int32))
         low = tl.min(tl.where(candidate, j, 2147483647 - sink))  # sinks start at this head's first candidate
-    key = tl.where(candidate, _to_key(score), _NO_KEY)
-    least = n * 0 + _DROPPED + 1
+    key = tl.where(candidate, to_key(score), NO_KEY)
+    least = n * 0 + DROPPED + 1
     if k < n:
-        key, least = _top_k(key, n, k, INTERPOLATIONS)
+        key, least = top_k(key, n, k, INTERPOLATIONS)
     own_low = tl.minimum(own_low, own_high - local)  # from here to own_high all are forced
     full_high = tl.minimum(tl.maximum(full_high, low), high)
     n_partial = high - full_high

@@ -10,7 +10,7 @@ from stem_flex import StemConfig, stem_block_mask
 from stem_flex.kernels import scores as scores_module
 from stem_flex.kernels import stem_scores, stem_select, stem_tables
 from stem_flex.plumbing.tables import block_classes
-from tests.kernel_loops import (
+from tests.kernels.loops import (
     DEVICE,
     TOLERANCE,
     all_valid,
