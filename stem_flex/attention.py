@@ -18,6 +18,7 @@ from stem_flex.layout import Layout
 from stem_flex.mask import stem_block_mask
 from stem_flex.plumbing.ambient import cast_as_sdpa, without_autocast
 from stem_flex.plumbing.backend import Decision, choose, kernel_options
+from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.plumbing.captured import code_of
 from stem_flex.plumbing.checks import check_config, check_mod, check_qkv, check_scale
 from stem_flex.plumbing.compiled import compiled
@@ -31,7 +32,7 @@ def stem_attention(
     v: Tensor,
     config: StemConfig | None = None,
     *,
-    layout: Layout | None = None,
+    layout: Layout | BoundLayout | None = None,
     q_offset: int | Tensor = 0,
     prompt_len: int | Tensor | None = None,
     kv_len: int | Tensor | None = None,
@@ -122,7 +123,7 @@ def explain(
     v: Tensor,
     config: StemConfig | None = None,
     *,
-    layout: Layout | None = None,
+    layout: Layout | BoundLayout | None = None,
     q_offset: int | Tensor = 0,
     prompt_len: int | Tensor | None = None,
     kv_len: int | Tensor | None = None,

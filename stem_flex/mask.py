@@ -27,7 +27,7 @@ def stem_block_mask(
     v: Tensor,
     config: StemConfig | None = None,
     *,
-    layout: Layout | None = None,
+    layout: Layout | BoundLayout | None = None,
     q_offset: int | Tensor = 0,
     prompt_len: int | Tensor | None = None,
     kv_len: int | Tensor | None = None,
@@ -49,7 +49,7 @@ def stem_block_mask(
         k: (B, Hkv, Lk, D), the same dtype and device; Hq is a multiple of Hkv.
         v: (B, Hkv, Lk, Dv).
         config: None means ``StemConfig()``.
-        layout: structure of the mask (:mod:`stem_flex.layout`), None is causal.
+        layout: structure of the mask (:mod:`stem_flex.layout`), None is causal; a bound one brings its offset and lengths.
         q_offset: keys before the first query (chunked prefill, prefix cache), int or int (B,), any value.
         prompt_len: tokens of the whole prompt, which sets the budgets; int or int (B,). None: up to the last
             query. Give it in chunked prefill, so that chunks spend what one-shot prefill spends. It is taken as

@@ -15,11 +15,11 @@ from einops import rearrange
 from torch import Tensor
 
 from stem_flex.plumbing.ambient import without_autocast
-from stem_flex.plumbing.captured import state_of
 from stem_flex.plumbing.classes import EMPTY, classify
 from stem_flex.plumbing.geometry import LONGEST, Geometry, Spans
 from stem_flex.plumbing.mods import MaskModFn, all_of, causal_mask, inside, interval_mod
 from stem_flex.plumbing.structure import Structure
+from stem_flex.plumbing.watched import state_of, tell_changes
 
 _MEMO_ENTRIES = 64
 
@@ -154,10 +154,11 @@ def bind(
     if not lengths_known or torch.compiler.is_compiling():
         return _bind(layout, Geometry.of(*key), memo=False)
     reads = layout.reads()
-    tensors = [x for x in reads if isinstance(x, Tensor)]
+    if reads is None:
+        return _bind(layout, Geometry.of(*key), memo=False)
+    tensors = [x for x in reads if isinstance(x, Tensor)] if reads else None
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if tensors and (capturing or any(tensor.is_inference() for tensor in tensors)):
-        # a graph reads the tensors when it is replayed; inference tensors don't tell when they change
+    if tensors and (capturing or not tell_changes(tensors)):  # a graph reads the tensors when it is replayed
         return _bind(layout, Geometry.of(*key), memo=False)
     memo: dict[tuple, tuple[BoundLayout, tuple, tuple]] = layout.__dict__.setdefault("_memo", {})
     state = state_of(reads)
