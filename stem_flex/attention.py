@@ -156,7 +156,9 @@ def explain(
         and selector is None
         and budget is None
     )
-    density = functools.partial(causal_density, -(-q.shape[2] // config.key_block), config)
+    # what a threshold keeps is known from the scores alone: from the shortest length on it is worth a try
+    blocks = -(-q.shape[2] // config.key_block)
+    density = functools.partial(causal_density, blocks, config) if config.budget == "tpd" else (lambda: 0.0)
     return choose(
         q,
         v,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +10,8 @@ from torch import Tensor
 
 from stem_flex.config import StemConfig
 from stem_flex.plumbing.binding import BoundLayout
-from stem_flex.plumbing.checks import check_config
-
-_PAPER_FLOOR = 54  # the paper's smallest k_start, in blocks
+from stem_flex.plumbing.checks import check_config, check_positive
+from stem_flex.plumbing.schedule import largest_budget, row_budget
 
 
 def tpd_budget(num_blocks: int, config: StemConfig | None = None, *, device=None) -> Tensor:
@@ -46,101 +44,6 @@ def tpd_budget(num_blocks: int, config: StemConfig | None = None, *, device=None
     device = torch.device("cpu") if device is None else device  # None is not the default device
     position = torch.arange(num_blocks, dtype=torch.int32, device=device)
     return row_budget(position, torch.full_like(position, num_blocks), check_config(config))
-
-
-def row_budget(position: Tensor, prompt_blocks: Tensor, config: StemConfig) -> Tensor:
-    """:func:`tpd_budget` of a prompt of ``prompt_blocks`` blocks at row ``position``, elementwise.
-
-    Takes lengths that only the device knows (padding, documents), so nothing is read back.
-
-    Args:
-        position: int, any shape.
-        prompt_blocks: int, the same shape; 0 (a row without a prompt) gives 1.
-        config: the schedule, k_start and mu.
-
-    Returns:
-        int32, the shape of ``position``.
-    """
-    k_start = -1.0 if config.k_start is None else float(min(config.k_start, 2**31 - 1))
-    fraction = isinstance(config.k_start, float)
-    return _row_budget(position, prompt_blocks, config.schedule, k_start, fraction, config.mu)
-
-
-# An opaque operator: a compiler that fused these float64 steps could contract a product and a sum that the
-# schedule rounds apart, and move a row across an integer.
-@torch.library.custom_op("stem_flex::row_budget", mutates_args=())
-def _row_budget(
-    position: Tensor, prompt_blocks: Tensor, schedule: str, k_start: float, fraction: bool, mu: float
-) -> Tensor:
-    n = prompt_blocks.double()
-    i = position.double()
-    if schedule == "paper":
-        start = torch.where(n <= 128, 0.2 * n, 0.1 * n).clamp(min=_PAPER_FLOOR)
-        kept = torch.ceil(start - start * (1 - mu) * i / n.clamp(min=1))
-        return kept.clamp(min=1).int()
-    start = _operator_start(n, schedule, k_start, fraction)
-    steps = (n - start).clamp(min=2)
-    kept = _linspace(start, mu * start, steps, i - start).floor()
-    kept = torch.where((i < start) | (n - start <= 1), start, kept)
-    return torch.minimum(kept, start).clamp(min=1).int()
-
-
-@_row_budget.register_fake
-def _(position, prompt_blocks, schedule, k_start, fraction, mu):
-    return torch.empty_like(position, dtype=torch.int32)
-
-
-def largest_budget(num_blocks: int, config: StemConfig) -> int:
-    """The most blocks a row of any prompt of up to ``num_blocks`` blocks keeps: what tables are sized by."""
-    n = max(num_blocks, 1)
-    if config.schedule == "paper":
-        return math.ceil(max(_PAPER_FLOOR, 0.1 * n))
-    if config.schedule == "fixed":
-        assert config.k_start is not None
-        return config.k_start if isinstance(config.k_start, int) else max(1, int(config.k_start * n))
-    if n < 56:
-        return n
-    return max(55, int(0.2 * n + 30)) if n < 160 else max(61, int(0.1 * n) + 30)
-
-
-def _operator_start(n: Tensor, schedule: str, k_start: float, fraction: bool) -> Tensor:
-    if schedule == "fixed":
-        start = (k_start * n).floor() if fraction else torch.full_like(n, k_start)
-        return start.clamp(min=1)
-    middle, long = (0.2 * n + 30).floor(), (0.1 * n).floor() + 30
-    if schedule == "envelope":  # the operator's k peaks at 55 blocks (55) and at 155 to 159 (61)
-        middle, long = middle.clamp(min=55), long.clamp(min=61)
-    return torch.where(n < 56, n, torch.where(n < 160, middle, long))
-
-
-def _linspace(start: Tensor, end: Tensor, steps: Tensor, index: Tensor) -> Tensor:
-    # Entry by entry what torch.linspace gives in float64: from both ends inwards, multiply and add fused.
-    step = (end - start) / (steps - 1)
-    first = _fused_multiply_add(step, index, start)
-    second = _fused_multiply_add(-step, steps - 1 - index, end)
-    return torch.where(index < (steps / 2).floor(), first, second)
-
-
-def _fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    # a * b + c rounded once, from exact products (Dekker) and exact sums (Knuth): PyTorch has no fused op.
-    product, product_error = _two_product(a, b)
-    total = product + c
-    shadow = total - product
-    total_error = (product - (total - shadow)) + (c - shadow)
-    return total + (total_error + product_error)
-
-
-def _two_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    product = a * b
-    a_high, b_high = _upper_half(a), _upper_half(b)
-    a_low, b_low = a - a_high, b - b_high
-    error = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
-    return product, error
-
-
-def _upper_half(x: Tensor) -> Tensor:
-    scaled = x * 134217729.0  # 2**27 + 1 splits a float64's 53 bits in two
-    return scaled - (scaled - x)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -233,11 +136,94 @@ class Blocks(Budget):
         return min(max(int(self.blocks.max()), 1), bound.k_blocks)
 
 
-def rule_of(budget: int | Tensor | Budget | None) -> Budget:
+@dataclass(frozen=True)
+class Mass(Budget):
+    """A row keeps the blocks whose score, an estimated attention mass, exceeds a threshold; linear cost in the prompt.
+
+    The same threshold for all layers, heads and rows lets diffuse heads keep many blocks and sharp ones few, where a
+    count gives all the same. Needs scores that are masses (``routing="sketch"``). No sort, no length of the prompt: a
+    chunk keeps what one-shot prefill keeps, unless ``config.mu`` < 1: then row i of a prompt of n blocks asks for
+    threshold / (1 - (1 - mu) i / n), Token Position-Decay of the mass.
+
+    Args:
+        threshold: in (0, 2): a score is the mean plus the maximum of the mass over a block's queries.
+        floor: a row keeps at least so many of its best blocks,
+        cap: and at most so many, which bounds the tables; None is all.
+    """
+
+    threshold: float
+    floor: int = 1
+    cap: int | None = 256
+    needs_scores = True
+
+    def __post_init__(self) -> None:
+        _check_share("threshold", self.threshold, self.most_share)
+        check_positive("floor", self.floor)
+        if self.cap is not None:
+            check_positive("cap", self.cap)
+            if self.cap < self.floor:
+                raise ValueError(f"cap must be at least floor={self.floor}, got {self.cap}")
+
+    most_share = 2.0
+
+    def counts(self, bound, config, batch, heads, scores=None):
+        assert scores is not None
+        kept = self._kept(scores, self._decayed(bound, config))
+        return kept.clamp(min=self.floor, max=bound.k_blocks if self.cap is None else self.cap)
+
+    def most(self, bound, config):
+        return bound.k_blocks if self.cap is None else min(self.cap, bound.k_blocks)
+
+    def _decayed(self, bound: BoundLayout, config: StemConfig) -> float | Tensor:
+        if config.mu == 1:
+            return self.threshold
+        decay = 1 - (1 - config.mu) * bound.position / bound.prompt_blocks.clamp(min=1)
+        return (self.threshold / decay)[:, None, :, None]
+
+    def _kept(self, scores: Tensor, threshold: float | Tensor) -> Tensor:
+        return (scores > threshold).sum(-1, dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class Peak(Mass):
+    """A row keeps the blocks whose score exceeds ``threshold``, in (0, 1], times its best (as FlashPrefill does)."""
+
+    most_share = 1.0
+
+    def _kept(self, scores, threshold):
+        return super()._kept(scores, threshold * scores.amax(-1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class Coverage(Mass):
+    """A row keeps its best blocks until their scores reach all but ``threshold``, in (0, 1], of the row's sum.
+
+    A cumulative budget as XAttention's and FlexPrefill's; needs a sort.
+    """
+
+    most_share = 1.0
+
+    def _kept(self, scores, threshold):
+        best = scores.clamp(min=0).sort(-1, descending=True).values
+        before = best.cumsum(-1) - best
+        return (before < (1 - threshold) * best.sum(-1, keepdim=True)).sum(-1, dtype=torch.int32)
+
+
+def _check_share(name: str, value: object, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number in (0, {most:g}], got {value!r}")
+    if not 0 < value <= most:
+        raise ValueError(f"{name} must be in (0, {most:g}], got {value}")
+
+
+def rule_of(budget: int | Tensor | Budget | None, config: StemConfig) -> Budget:
     """The rule that a ``budget=`` argument stands for; None is the configuration's own."""
-    if budget is None:
+    if budget is not None:
+        return budget if isinstance(budget, Budget) else Blocks(budget)
+    if config.budget == "tpd":
         return _SCHEDULE
-    return budget if isinstance(budget, Budget) else Blocks(budget)
+    return _RULES[config.budget](config.threshold, config.floor, config.cap)
 
 
 _SCHEDULE = Schedule()
+_RULES = {"mass": Mass, "peak": Peak, "coverage": Coverage}

@@ -9,8 +9,13 @@ from typing import Any, Literal
 Metric = Literal["zscore", "log"]
 Schedule = Literal["envelope", "operator", "paper", "fixed"]
 
+Routing = Literal["oam", "sketch"]
+BudgetKind = Literal["tpd", "mass", "peak", "coverage"]
+
 METRICS: tuple[Metric, ...] = ("zscore", "log")
 SCHEDULES: tuple[Schedule, ...] = ("envelope", "operator", "paper", "fixed")
+ROUTINGS: tuple[Routing, ...] = ("oam", "sketch")
+BUDGETS: tuple[BudgetKind, ...] = ("tpd", "mass", "peak", "coverage")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,6 +39,14 @@ class StemConfig:
         mu: the last row keeps ``mu`` times what the first does (Token Position-Decay), in (0, 1]; 1 is uniform.
         sink_blocks: first blocks of the row's allowed range, always kept and not counted in the budget.
         local_blocks: last blocks up to and with the diagonal, always kept and not counted in the budget.
+        routing: what scores a pair of blocks. ``"oam"`` is Stem's; ``"sketch"`` estimates the attention mass between
+            a few proxies of each block (:mod:`stem_flex.selectors.sketch`), and leaves metric, value_weight and
+            stride unread.
+        sketch: proxies of a block: (outlying queries, means of queries, outlying keys, means of keys).
+        budget: ``"tpd"`` counts blocks by the schedule. With ``routing="sketch"`` also a threshold on the estimated
+            mass: ``"mass"`` absolute, ``"peak"`` relative to the row's best, ``"coverage"`` cumulative, see
+            :class:`stem_flex.budget.Mass`; mu then raises the threshold along the prompt.
+        threshold, floor, cap: of a budget by mass: the threshold, and the fewest and most blocks a row keeps by it.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came, and the fix.
@@ -54,6 +67,12 @@ class StemConfig:
     mu: float = 0.7
     sink_blocks: int = 4
     local_blocks: int = 4
+    routing: Routing = "oam"
+    sketch: tuple[int, int, int, int] = (16, 8, 4, 8)
+    budget: BudgetKind = "tpd"
+    threshold: float = 0.05
+    floor: int = 1
+    cap: int | None = 256
 
     @classmethod
     def operator(cls) -> StemConfig:
@@ -64,6 +83,11 @@ class StemConfig:
     def paper(cls) -> StemConfig:
         """The paper: Eq. 7 magnitudes of weight 0.2, budget 0.2 N or 0.1 N of at least 54 blocks, mu 0.7."""
         return cls(schedule="paper", metric="log")
+
+    @classmethod
+    def mass(cls, threshold: float = 0.05) -> StemConfig:
+        """Ours: blocks whose estimated attention mass exceeds ``threshold``, and one sink and two local ones."""
+        return cls(routing="sketch", budget="mass", threshold=threshold, mu=1.0, sink_blocks=1, local_blocks=2)
 
     @property
     def query_block(self) -> int:
@@ -99,6 +123,7 @@ class StemConfig:
             if count < 0:
                 raise ValueError(f"{name} must be 0 or more, got {count}")
         _check_k_start(self.k_start, self.schedule)
+        _check_mass(self)
 
 
 def _is_int(value: object) -> bool:
@@ -124,6 +149,12 @@ def _options(config: StemConfig) -> tuple:
         config.mu,
         config.sink_blocks,
         config.local_blocks,
+        config.routing,
+        config.sketch,
+        config.budget,
+        config.threshold,
+        config.floor,
+        config.cap,
     )
 
 
@@ -154,3 +185,36 @@ def _check_k_start(k_start: object, schedule: str) -> None:
         raise ValueError(f"k_start must be at least 1 block, got {k_start}")
     if isinstance(k_start, float) and not 0 < k_start <= 1:
         raise ValueError(f"k_start as a fraction must be in (0, 1], got {k_start}")
+
+
+def _check_mass(config: StemConfig) -> None:
+    if config.routing not in ROUTINGS:
+        raise ValueError(f"routing must be one of {ROUTINGS}, got {config.routing!r}")
+    if config.budget not in BUDGETS:
+        raise ValueError(f"budget must be one of {BUDGETS}, got {config.budget!r}")
+    if config.budget != "tpd" and config.routing != "sketch":
+        raise ValueError(f"budget={config.budget!r} needs scores that are masses; use routing='sketch'")
+    most = 2 if config.budget == "mass" else 1
+    _check_real("threshold", config.threshold, f"a number in (0, {most}]", lambda x: 0 < x <= most)
+    for name in ("floor", "cap"):
+        count = getattr(config, name)
+        if name == "cap" and count is None:
+            continue
+        if not _is_int(count):
+            raise TypeError(f"{name} must be an int, got {count!r}")
+        if count < 1:
+            raise ValueError(f"{name} must be 1 or more, got {count}")
+    if config.cap is not None and config.cap < config.floor:
+        raise ValueError(f"cap must be at least floor={config.floor}, got {config.cap}")
+    sizes = config.sketch
+    if not isinstance(sizes, tuple) or len(sizes) != 4 or not all(_is_int(size) for size in sizes):
+        raise TypeError(f"sketch must be four ints (outliers, means of queries, then of keys), got {sizes!r}")
+    outliers, means = sizes[0::2], sizes[1::2]
+    blocks = (config.query_block, config.key_block)
+    if min(outliers) < 0 or any(m < 1 or m & (m - 1) or m > block for m, block in zip(means, blocks, strict=True)):
+        raise ValueError(
+            f"sketch must have 0 or more outliers and means that are powers of two up to the blocks {blocks}, "
+            f"got {sizes}"
+        )
+    if any(o > block for o, block in zip(outliers, blocks, strict=True)):
+        raise ValueError(f"sketch must have at most as many outliers as a block has tokens {blocks}, got {sizes}")

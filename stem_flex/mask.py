@@ -49,7 +49,8 @@ def stem_block_mask(
         k: (B, Hkv, Lk, D), the same dtype and device; Hq is a multiple of Hkv.
         v: (B, Hkv, Lk, Dv).
         config: None means ``StemConfig()``.
-        layout: structure of the mask (:mod:`stem_flex.layout`), None is causal; a bound one brings its offset and lengths.
+        layout: structure of the mask (:mod:`stem_flex.layout`), None is causal; a bound one brings its offset and
+            lengths with it.
         q_offset: keys before the first query (chunked prefill, prefix cache), int or int (B,), any value.
         prompt_len: tokens of the whole prompt, which sets the budgets; int or int (B,). None: up to the last
             query. Give it in chunked prefill, so that chunks spend what one-shot prefill spends. It is taken as
@@ -73,8 +74,9 @@ def stem_block_mask(
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came, and the fix.
     """
-    selector = selectors.resolve(selector)
-    config = selector.configured(check_config(config))
+    config = check_config(config)
+    selector = selectors.resolve(selector, config)
+    config = selector.configured(config)
     q, k, v = cast_as_sdpa(q, k, v, only_mixed=True)
     check_qkv(q, k, v)
     if mask_mod not in ("layout", "exact"):
@@ -134,7 +136,7 @@ def _chosen(
     impl: str,
 ) -> BlockTables:
     """Score, then select. A selector's ``fused`` is the Triton backend of the pair, which holds no score matrix."""
-    rule = rule_of(selector.budget if budget is None else budget)
+    rule = rule_of(selector.budget if budget is None else budget, config)
     if impl == "triton" and selector.fused is not None and not rule.needs_scores:
         return selector.fused(q, k, v, bound, config, rule)
     given = {"impl": impl} if selector.has_kernels else {}

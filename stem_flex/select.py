@@ -48,7 +48,7 @@ def select_blocks(
     for name, size, held in zip("BH", scores.shape, (bound.rows.shape[0], 1), strict=False):
         if held not in (1, size):
             raise ValueError(f"scores must have {name}={held}, as the bound layout, got {size}")
-    rule = rule_of(budget)
+    rule = rule_of(budget, config)
     if rule.needs_scores:
         scores = scores.float().masked_fill(bound.dense_classes() == EMPTY, -math.inf)
     counts = rule.counts(bound, config, scores.shape[0], scores.shape[1], scores)

@@ -6,6 +6,7 @@
 `geometry`       sizes, offsets and lengths that a layout is bound to
 `structure`      what a layout tells the binding
 `binding`        from a layout and sizes to facts about each row of blocks
+`slices`         some rows of a bound layout, as a binding of their own
 `classes`        exact classes of block pairs of any mask_mod
 `mods`           the mask_mods of bound layouts
 `captured`       what a mask_mod or score_mod reads

@@ -62,7 +62,7 @@ class BoundLayout:
     layout: Any  # a stem_flex.layout.Layout: this package does not know its kinds
     geometry: Geometry
     spans: Spans | None = field(default=None, repr=False)
-    memo: dict[Any, Tensor] | None = field(default=None, repr=False)
+    memo: dict[Any, Any] | None = field(default=None, repr=False)
 
     lo, hi, full_lo, full_hi, own_lo, own_hi, position, prompt_blocks = map(_column, range(8))
 
@@ -98,7 +98,7 @@ class BoundLayout:
         causal = any(part.forbids_future() for part in self.layout.parts())
         return self.geometry.q_offset if causal and not isinstance(self.geometry.q_offset, Tensor) else None
 
-    def remembered(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    def remembered(self, key: Any, make: Callable[[], Any]) -> Any:
         """``make()``, kept under ``key`` for as long as the binding is; of a graph being captured nothing is kept."""
         if self.memo is None:
             return make()
@@ -106,7 +106,7 @@ class BoundLayout:
             return self.memo[key]
         with torch.inference_mode(False), torch.no_grad():  # what is remembered also serves training
             value = make()
-        if not (value.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not (self.rows.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.memo[key] = value
         return value
 

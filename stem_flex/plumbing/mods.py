@@ -78,6 +78,17 @@ def of_blocks(table: Tensor, lengths: tuple[int, int], block_size: tuple[int, in
     return of_head if heads else of_pair
 
 
+def shifted(mod: MaskModFn, start: int, length: int, whole: int, device: torch.device) -> MaskModFn:
+    """``mod`` of ``whole`` queries for those of them from ``start`` on, of which there are ``length``."""
+    rounded = -(-length // _WIDEST_BLOCK) * _WIDEST_BLOCK
+    query = (torch.arange(rounded, dtype=torch.int32, device=device) + start).clamp(max=whole - 1)
+
+    def shifted_mask(b, h, q, kv):
+        return mod(b, h, query[q], kv)
+
+    return shifted_mask
+
+
 def inside(mod: MaskModFn, geometry: Geometry) -> MaskModFn:
     """``mod`` that is never asked past the lengths."""
     if geometry.q_len % geometry.q_block == 0 and geometry.k_len % geometry.k_block == 0:

@@ -21,6 +21,7 @@ from stem_flex.reference.selection import (
     tpd_budget,
     value_magnitude,
 )
+from stem_flex.reference.sketch import sketch_scores
 from stem_flex.reference.structure import (
     block_classes,
     dense_blocks,
@@ -42,6 +43,7 @@ __all__ = [
     "oam_scores",
     "rank",
     "row_places",
+    "sketch_scores",
     "stem_attention",
     "stem_block_mask",
     "token_mask",

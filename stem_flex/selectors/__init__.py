@@ -109,14 +109,14 @@ def register(
     return _SELECTORS[name]
 
 
-def resolve(selector: str | Selector | None) -> Selector:
-    """What a ``selector=`` argument stands for; None is Stem by the caller's configuration to the letter.
+def resolve(selector: str | Selector | None, config: StemConfig) -> Selector:
+    """What a ``selector=`` argument stands for; None is ``config.routing`` by the configuration to the letter.
 
     Raises:
         TypeError, ValueError: it is neither a selector nor the name of one.
     """
     if selector is None:
-        return _STEM
+        return _ROUTINGS[config.routing]
     if isinstance(selector, Selector):
         return selector
     if not isinstance(selector, str):
@@ -140,7 +140,10 @@ def names() -> list[str]:
     return list(_SELECTORS)
 
 
-_STEM = Selector("stem", oam_scores, "Stem as the configuration says", fused=stem.tables)
+_ROUTINGS = {
+    "oam": Selector("stem", oam_scores, "Stem as the configuration says", fused=stem.tables),
+    "sketch": Selector("sketch", sketch.scores, "the block sketch as the configuration says"),
+}
 
 register("sam", oam_scores, "routing only, the same budget for every row", fused=stem.tables, value_weight=0.0, mu=1.0)
 register(
@@ -167,12 +170,12 @@ register(
 )
 register("stem-log", oam_scores, "Stem with the paper's Eq. 7 magnitude", fused=stem.tables, metric="log", mu=0.7)
 register(
-    "sketch", sketch.scores, "attention between 16 means of each block, mean and maximum", experimental=True, mu=1.0
+    "sketch", sketch.means_scores, "attention between 16 means of each block, mean and maximum", experimental=True, mu=1.0
 )
-register("sketch+tpd", sketch.scores, "the block sketch with budgets that decay", experimental=True, mu=0.7)
+register("sketch+tpd", sketch.means_scores, "the block sketch with budgets that decay", experimental=True, mu=0.7)
 register(
     "sketch-outliers",
-    sketch.outlier_scores,
+    sketch.scores,
     "attention between 16 outlier queries + 8 means and 4 outlier keys + 8 means",
     experimental=True,
     mu=1.0,

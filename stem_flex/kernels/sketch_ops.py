@@ -1,0 +1,102 @@
+"""The block sketch's scores as a ``torch.library`` operator, ``stem_flex::sketch_scores``.
+
+As the operators of `stem_flex.kernels.ops`: no host sync, no shape that depends on data, no gradient; safe under
+``torch.compile(fullgraph=True)`` and in CUDA graphs. Launches: key proxies, then query proxies, sums and masses once a
+chunk (`stem_flex.kernels.sketch_mass`).
+"""
+
+import torch
+from torch import Tensor
+
+from stem_flex.kernels import sketch_mass
+from stem_flex.kernels.launch import plan_of
+from stem_flex.kernels.ops import _DTYPES, _LIBRARY, _check_rows, _guard, _register
+from stem_flex.kernels.sketch_proxies import MOST_BLOCK
+
+
+def check(q: Tensor, k: Tensor, rows: Tensor, block_q: int, block_k: int, sketch: list[int]) -> None:
+    """Refuse what the kernels would read wrongly. Callers have checked shapes against each other."""
+    for name, x in (("q", q), ("k", k)):
+        if x.stride(-1) != 1:
+            raise ValueError(f"{name} must have unit stride in its last dimension, got strides {x.stride()}; "
+                             f"call {name}.contiguous()")  # fmt: skip
+        if x.dtype != q.dtype or x.dtype not in _DTYPES:
+            raise TypeError(f"q and k must share a dtype of float16, bfloat16, float32, got {q.dtype} for q and "
+                            f"{x.dtype} for {name}; cast them, or use impl='torch'")  # fmt: skip
+    if max(block_q, block_k) > MOST_BLOCK:
+        raise ValueError(f"blocks must be at most {MOST_BLOCK} tokens, got ({block_q}, {block_k}); "
+                         "use smaller ones or impl='torch'")  # fmt: skip
+    q_outliers, q_means, k_outliers, k_means = sketch
+    for name, block, outliers, means in (("query", block_q, q_outliers, q_means), ("key", block_k, k_outliers, k_means)):
+        if not 0 <= outliers <= block or means < 1 or means & (means - 1) or block % means:
+            raise ValueError(f"sketch must have 0 to {block} {name} outliers and a power of two of {name} means that "
+                             f"divides the block, got {outliers} and {means}")  # fmt: skip
+    _check_rows(rows)
+
+
+def _scores(
+    q: Tensor, k: Tensor, rows: Tensor, classes: Tensor | None, key_start: Tensor | None, key_end: Tensor | None,
+    query_start: Tensor | None, query_end: Tensor | None, *, block_q: int, block_k: int, sketch: list[int],
+    causal_offset: int | None = None,
+) -> Tensor:  # fmt: skip
+    check(q, k, rows, block_q, block_k, sketch)
+    restrictions = (classes, key_start, key_end, query_start, query_end)
+    sizes = sketch_mass.sizes_of(q, k, block_q, block_k, tuple(sketch))
+    plan = plan_of((
+        "sketch", *(None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16)
+                    for x in (q, k, rows, *restrictions)),
+        q.device, sizes, causal_offset, sketch_mass.WORKSPACE_BYTES,
+    ))  # fmt: skip
+    with _guard(q):
+        out = torch.empty(sizes.batch, sizes.q_heads, sizes.q_blocks, sizes.k_blocks, device=q.device)
+        if out.numel() == 0:
+            return out
+        cut, elements = sketch_mass.chunks(sizes, q.element_size(), causal_offset, sketch_mass.WORKSPACE_BYTES)
+        keys = sketch_mass.key_proxies(k, key_start, key_end, sizes, plan)
+        room = sketch_mass.room_for(elements, q)
+        for chunk in cut:
+            sketch_mass.score_rows(
+                q, keys, rows, restrictions, out[:, :, chunk.row :], chunk, sizes.q_blocks * sizes.k_blocks,
+                sizes.k_blocks, sizes, room, plan, full=True,
+            )  # fmt: skip
+    return out
+
+
+_register(
+    "sketch_scores",
+    "(Tensor q, Tensor k, Tensor rows, Tensor? classes, Tensor? key_start, Tensor? key_end, Tensor? query_start, "
+    "Tensor? query_end, *, int block_q, int block_k, int[] sketch, SymInt? causal_offset=None) -> Tensor",
+    _scores,
+)
+
+
+@torch.library.register_fake("stem_flex::sketch_scores", lib=_LIBRARY)
+def _(q, k, rows, classes, key_start, key_end, query_start, query_end, *, block_q, block_k, sketch,
+      causal_offset=None):  # fmt: skip
+    q_blocks, k_blocks = -(-q.shape[2] // block_q), -(-k.shape[2] // block_k)
+    return torch.empty((q.shape[0], q.shape[1], q_blocks, k_blocks), dtype=torch.float32, device=q.device)
+
+
+def sketch_scores(
+    q: Tensor, k: Tensor, rows: Tensor, classes: Tensor | None = None, key_start: Tensor | None = None,
+    key_end: Tensor | None = None, query_start: Tensor | None = None, query_end: Tensor | None = None, *,
+    block_q: int, block_k: int, sketch: tuple[int, ...], causal_offset: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Score every block pair by its sketch: float32 (B, Hq, Qb, Kb), -inf where the layout does not allow it.
+
+    Args:
+        q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D). float16, bfloat16 or float32, one dtype, last stride 1, the other
+            strides free. Hq is a multiple of Hkv.
+        rows: int32 (B or 1, Qb, 8), contiguous; its first two, lo and hi, are read.
+        classes, key_start, key_end, query_start, query_end, causal_offset: as `stem_flex.kernels.ops.stem_tables`.
+        block_q, block_k: block sizes in tokens, powers of two.
+        sketch: query outliers, query means, key outliers, key means of a block.
+
+    Raises:
+        ValueError, TypeError: strides, dtypes, sizes the kernels cannot take. RuntimeError: CPU tensors outside
+        Triton's interpreter.
+    """
+    return torch.ops.stem_flex.sketch_scores.default(
+        q, k, rows, classes, key_start, key_end, query_start, query_end, block_q=block_q, block_k=block_k,
+        sketch=list(sketch), causal_offset=causal_offset,
+    )  # fmt: skip

@@ -1,0 +1,155 @@
+"""The proxies of blocks for the block sketch: outlying tokens and means of groups, in one pass over q or k.
+
+A block of BLOCK tokens is represented by its OUTLIERS tokens farthest from the mean of its real tokens (ties to the
+lower index) and by the means of MEANS contiguous groups of BLOCK/MEANS tokens, over real tokens only. Proxies come in
+that order, in the input's dtype; distances and means are taken in float32. What stands for no real token is zeros.
+
+Places: the proxy p of block i of (batch, head) bh lies at ``bh*stride_h + i*stride_i + p*stride_p``, `Plane.width`
+elements, D rounded up to a power of two with zeros. Keys lie proxy by proxy, (B, Hkv, P, Kb, width), so that a tile of
+key blocks is one run of memory for each proxy; queries block by block, (B, Hq, rows, P, width).
+
+A token's place among its block's distances is the number of tokens before it, counted over all BLOCK^2 pairs: no loop,
+and every one of the first OUTLIERS places is filled, by tokens that are not real after all that are.
+
+Model (e = bytes an element): reads ``e*L*D`` and writes ``e*L*D*(OUTLIERS + MEANS)/BLOCK`` bytes a head (19 % of q for
+16 + 8 proxies of 128); ~6 operations an element and ~4 a pair. Bound by memory: 1.1 GB for the queries of 128K tokens
+of 32 heads, D=128, 16 bit.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stem_flex.kernels.launch import Plan, launch
+from stem_flex.kernels.pool import _locate, _valid_range
+
+# Tuning: elements of a block that a thread holds.
+ELEMENTS_PER_THREAD = 64
+MOST_WARPS = 16
+
+MOST_BLOCK = 512
+"""Largest block, in tokens: all pairs of its tokens are compared."""
+
+
+class Plane(NamedTuple):
+    """How one side's blocks are represented and where their proxies lie (elements)."""
+
+    heads: int
+    length: int
+    head_dim: int
+    block: int
+    outliers: int
+    means: int
+    width: int
+    stride_h: int
+    stride_i: int
+    stride_p: int
+
+    @property
+    def proxies(self) -> int:
+        """Proxies of a block."""
+        return self.outliers + self.means
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a head."""
+        return -(-self.length // self.block)
+
+
+def query_plane(heads: int, length: int, head_dim: int, block: int, outliers: int, means: int, rows: int) -> Plane:
+    """Block by block: (heads, rows, P, width)."""
+    width, proxies = triton.next_power_of_2(max(head_dim, 16)), outliers + means
+    return Plane(
+        heads, length, head_dim, block, outliers, means, width, rows * proxies * width, proxies * width, width
+    )
+
+
+def key_plane(heads: int, length: int, head_dim: int, block: int, outliers: int, means: int) -> Plane:
+    """Proxy by proxy: (heads, P, blocks, width)."""
+    width, blocks = triton.next_power_of_2(max(head_dim, 16)), -(-length // block)
+    proxies = outliers + means
+    return Plane(
+        heads, length, head_dim, block, outliers, means, width, proxies * blocks * width, width, blocks * width
+    )
+
+
+@triton.jit
+def _places(far, token, BLOCK: tl.constexpr):
+    """How many tokens come before each: farther ones, and as far ones of a lower number."""
+    far = tl.reshape(far, (BLOCK,))
+    token = tl.reshape(token, (BLOCK,))
+    farther = far[None, :] > far[:, None]
+    tied = (far[None, :] == far[:, None]) & (token[None, :] < token[:, None])
+    return tl.sum((farther | tied).to(tl.int32), axis=1)
+
+
+@triton.jit(do_not_specialize=["length", "row", "blocks"])
+def _proxies_kernel(
+    x, out, start, end, stride_b, stride_h, stride_t, out_h, out_i, out_p, length, row, blocks,
+    HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OUTLIERS: tl.constexpr,
+    MEANS: tl.constexpr,
+):  # fmt: skip
+    """One program a block: the tile's axes are (token of the group, group, dim), so that a group is summed in place."""
+    TOKENS: tl.constexpr = BLOCK // MEANS
+    b, h, i = _locate(tl.program_id(0), HEADS, blocks, stride_h < stride_t)
+    low, high = _valid_range(start, end, b, length)
+    first = (row + i) * BLOCK
+    g = tl.arange(0, MEANS)
+    d = tl.arange(0, WIDTH)
+    token = tl.arange(0, TOKENS)[:, None] + g[None, :] * TOKENS
+    real = (first + token >= low) & (first + token < high)
+    x += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + first.to(tl.int64) * stride_t
+    at = token.to(tl.int64)[:, :, None] * stride_t + d[None, None, :]
+    keep = real[:, :, None]
+    if D < WIDTH:
+        keep = keep & (d < D)[None, None, :]
+    tile = tl.load(x + at, mask=keep, other=0.0)
+    sums = tl.sum(tile.to(tl.float32), axis=0)
+    counts = tl.sum(real.to(tl.float32), axis=0)
+    means = sums / tl.maximum(counts, 1.0)[:, None]
+    out += (b * HEADS + h).to(tl.int64) * out_h + i.to(tl.int64) * out_i
+    places = (OUTLIERS + g).to(tl.int64)[:, None] * out_p + d[None, :]
+    tl.store(out + places, means.to(out.dtype.element_ty))
+    if OUTLIERS > 0:
+        center = tl.sum(sums, axis=0) / tl.maximum(tl.sum(counts, axis=0), 1.0)
+        off = tile.to(tl.float32) - center[None, None, :]
+        far = tl.sum(off * off, axis=2)
+        far = tl.where(far == far, far, float("inf"))  # a NaN token is as far as can be, and has a place of its own
+        place = _places(tl.where(real, far, -1.0), token, BLOCK)
+        place = tl.reshape(place, (TOKENS, MEANS))[:, :, None]
+        tl.store(out + place.to(tl.int64) * out_p + d[None, None, :], tile, mask=place < OUTLIERS)
+
+
+@lru_cache(maxsize=256)
+def _proxies_meta(plane: Plane) -> dict[str, object]:
+    warps = plane.block * plane.width // (32 * ELEMENTS_PER_THREAD)
+    return dict(
+        HEADS=plane.heads, D=plane.head_dim, WIDTH=plane.width, BLOCK=plane.block, OUTLIERS=plane.outliers,
+        MEANS=plane.means, num_warps=max(1, min(MOST_WARPS, warps)),
+    )  # fmt: skip
+
+
+def proxies(
+    x: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    out: Tensor,
+    plane: Plane,
+    plan: Plan,
+    *,
+    row: int,
+    count: int,
+    slot: str,
+) -> None:
+    """Write the proxies of the blocks [row, row + count) of every head of x (B, H, L, D), unit last stride.
+
+    ``start`` and ``end``: None, or int32 (B,): real tokens, start <= token < end. ``out``: x's dtype, 1-D, as ``plane``
+    lays it out, block ``row`` first.
+    """
+    args = (
+        x, out, start, end, *x.stride()[:3], plane.stride_h, plane.stride_i, plane.stride_p, plane.length, row, count
+    )  # fmt: skip
+    launch(_proxies_kernel, x.shape[0] * plane.heads * count, args, _proxies_meta(plane), plan, (slot, row))
