@@ -10,6 +10,7 @@ from stem_flex import selectors
 from stem_flex.budget import Budget, rule_of
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
+from stem_flex.plumbing.ambient import cast_as_sdpa, without_autocast
 from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.plumbing.checks import check_config, check_qkv
 from stem_flex.plumbing.implementation import resolve
@@ -69,7 +70,8 @@ def stem_block_mask(
 
     Returns:
         A BlockMask of shape (B, Hq, Lq, Lk) with partial and full blocks apart. Its attribute ``structure`` is
-        the bound layout. Nothing waits for the device, no gradient flows through the choice.
+        the bound layout. Nothing waits for the device, no gradient flows through the choice. Under autocast the same
+        mask comes out; only q, k, v of several dtypes are then cast to its dtype, as SDPA does.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came, and the fix.
@@ -77,6 +79,7 @@ def stem_block_mask(
     config = check_config(config)
     selector = selectors.resolve(selector, config)
     config = selector.configured(config)
+    q, k, v = cast_as_sdpa(q, k, v, only_mixed=True)
     check_qkv(q, k, v)
     if mask_mod not in ("layout", "exact"):
         raise ValueError(f"mask_mod must be 'layout' or 'exact', got {mask_mod!r}")
@@ -123,6 +126,7 @@ def assemble(
     return mask
 
 
+@without_autocast
 def _chosen(
     q: Tensor,
     k: Tensor,

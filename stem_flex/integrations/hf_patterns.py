@@ -89,18 +89,19 @@ def _has(name: str) -> bool:
     return hasattr(masking_utils, name)
 
 
+_ONES = torch.ones(1, 1, dtype=torch.int64, device="cpu")  # for a function to close over
 _ABSENT = object()  # the code of no function
 _causal = masking_utils.causal_mask_function
 _AND = _code(masking_utils.and_masks())
 _WINDOW = _code(masking_utils.sliding_window_overlay(1))
-_CHUNK = _code(masking_utils.chunked_overlay(1, torch.zeros(1)))
-_PACKED = _code(masking_utils.packed_sequence_mask_function(torch.zeros(1, 1)))
+_CHUNK = _code(masking_utils.chunked_overlay(1, _ONES[0]))
+_PACKED = _code(masking_utils.packed_sequence_mask_function(_ONES))
 _OR = _code(masking_utils.or_masks())
-_BLOCKWISE = _code(masking_utils.blockwise_overlay(torch.zeros(1, 1))) if _has("blockwise_overlay") else _ABSENT
+_BLOCKWISE = _code(masking_utils.blockwise_overlay(_ONES)) if _has("blockwise_overlay") else _ABSENT
 # From 5.23 on, a packed prompt's mask counts by the positions within each sequence.
 _REMAPPED = _ABSENT
 if _has("remap_positions_for_packed_sequence"):
-    _REMAPPED = _code(masking_utils.remap_positions_for_packed_sequence(_causal, torch.zeros(1, 1)))
+    _REMAPPED = _code(masking_utils.remap_positions_for_packed_sequence(_causal, _ONES))
 
 
 def recognise(mask_function: Callable) -> Pattern | None:

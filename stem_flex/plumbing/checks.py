@@ -72,7 +72,7 @@ def check_int_tensor(name: str, tensor: Tensor, dim: int) -> None:
 def as_int_tensor(name: str, values: object, *dims: int) -> Tensor:
     """``values`` as an int tensor of ``dims`` dimensions; raise TypeError or ValueError naming it."""
     try:
-        tensor = torch.as_tensor(values)
+        tensor = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be ints, a list or a tensor, got {values!r}") from error
     if tensor.numel() == 0:
