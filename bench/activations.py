@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import attend, ruler, tasks
+from . import attend, models, ruler, tasks
 
 LAYERS = (1, 3, 5, 7)
 
 
 @torch.inference_mode()
 def model_inputs(
-    length: int, device: torch.device, *, model: Path | str = ruler.MODEL, dim: int = 128, seed: int = 0
+    length: int, device: torch.device, *, model: Path | str = models.SHIPPED, dim: int = 128, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(1, 32, length, dim), (1, 8, length, dim) twice, bf16: four layers of the shipped model reading unseen text.
 
