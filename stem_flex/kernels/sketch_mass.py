@@ -38,7 +38,7 @@ from stem_flex.kernels.sketch_sums import Tile, sum_tiles, sums_stride, tile_of
 WORKSPACE_BYTES = 128 * 2**20
 """Bytes of sums alive at a time, unless 16 rows of every head need more."""
 
-READ_WARPS = 4  # tuning
+READ_WARPS = 1  # tuning: a warp reduces over its rows without a barrier
 
 
 class Sketch(NamedTuple):
@@ -93,7 +93,7 @@ def sizes_of(q: Tensor, k: Tensor, block_q: int, block_k: int, sketch: tuple[int
     batch, q_heads, q_len, head_dim = q.shape
     return Sizes(
         batch, q_heads, k.shape[1], q_len, k.shape[2], head_dim, block_q, block_k, Sketch(*sketch),
-        tile_of(q.element_size()),
+        tile_of(q.element_size(), head_dim),
     )  # fmt: skip
 
 
