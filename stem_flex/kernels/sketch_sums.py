@@ -6,16 +6,17 @@ With s[a, b] = q_a . k_b / sqrt(D) + ln(tokens that b stands for), of a query pr
     log[a, tile]                         = log2 of the sum of the above over the tile
 
 ``sums`` are float16 (float32 for float32 inputs), the largest of a row of a tile between 1 and the number of proxies;
-``top`` and ``log`` float32. A tile is BLOCK_M query proxies of one head, of several query blocks packed without gaps, by
-BLOCK_J key blocks. For each proxy number of the keys it takes one product with the proxies of that number, and updates
-the sums elementwise as online softmax does: the proxies of a key block meet in one register, nothing is shuffled but
-the row's maximum, and their number needs no padding. scale * log2(e) is folded into the logit's one multiply-add.
+``top`` and ``log`` float32. A tile is BLOCK_M query proxies of one head, of several query blocks packed without gaps,
+by BLOCK_J key blocks. For each proxy number of the keys it takes one product with the proxies of that number, and
+updates the sums elementwise as online softmax does: the proxies of a key block meet in one register, nothing is
+shuffled but the row's maximum, and their number needs no padding. scale * log2(e) is folded into the logit's one
+multiply-add.
 
 Tiles outside the rows' ranges are skipped and left unwritten. Where all of a tile is allowed and real, what a key proxy
 stands for is a constant; elsewhere it is counted from the real keys, and pairs are masked.
 
-Model, causal, with P query and R key proxies a block, a head: ``2*D * P*R * Qb*Kb/2`` operations, ``P*R * Qb*Kb/2`` exp2
-with 3 float32 instructions each, ``e*P*Qb*Kb/2`` bytes written; 2*D*BLOCK_J bytes of keys from L2 for every BLOCK_M x
+Model, causal, with P query and R key proxies a block, a head: ``2*D * P*R * Qb*Kb/2`` operations, ``P*R * Qb*Kb/2``
+exp2 with 3 float32 instructions each, ``e*P*Qb*Kb/2`` bytes written; 2*D*BLOCK_J bytes of keys from L2 for BLOCK_M x
 BLOCK_J products. 128K tokens of 32 heads, D=128, 24 x 12: 1.24 TFLOP (1.3 ms of an H100's tensor cores at their peak),
 4.8 G exp2 (1.35 ms of its special function units), 0.8 GB written, 9.7 GB from L2. The two overlap as far as the
 programs of a multiprocessor are at different places.
@@ -63,7 +64,7 @@ def tile_of(item_size: int, head_dim: int) -> Tile:
 def _products(
     q, queries, keys, m, j, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
-    """Products of the query proxies ``m`` (in ``q``, unless dims are taken in parts) and the blocks ``j`` of a plane."""
+    """Products of query proxies ``m`` (in ``q`` unless dims are taken in parts) and the blocks ``j`` of a plane."""
     if BLOCK_D == WIDTH:
         k = tl.load(keys + j[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
         if UPCAST:  # the interpreter's dot product takes bfloat16 for integers
@@ -229,7 +230,8 @@ def _sums_meta(keys: Plane, queries: Plane, item_size: int, tile: Tile) -> tuple
         PRECISION="ieee" if item_size == 4 else "tf32", UPCAST=INTERPRETED, BLOCK_M=tile.block_m, BLOCK_J=tile.block_j,
         BLOCK_D=min(tile.block_d, keys.width), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return log2(exp(1)) / sqrt(keys.head_dim), ({**meta, "EDGE": False}, {**meta, "EDGE": True, "maxnreg": 32768 // (32 * tile.warps)})
+    half = 32768 // (32 * tile.warps)  # registers a thread of two programs a multiprocessor
+    return log2(exp(1)) / sqrt(keys.head_dim), ({**meta, "EDGE": False}, {**meta, "EDGE": True, "maxnreg": half})
 
 
 def sum_tiles(
