@@ -230,8 +230,10 @@ def _sums_meta(keys: Plane, queries: Plane, item_size: int, tile: Tile) -> tuple
         PRECISION="ieee" if item_size == 4 else "tf32", UPCAST=INTERPRETED, BLOCK_M=tile.block_m, BLOCK_J=tile.block_j,
         BLOCK_D=min(tile.block_d, keys.width), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    half = 32768 // (32 * tile.warps)  # registers a thread of two programs a multiprocessor
-    return log2(exp(1)) / sqrt(keys.head_dim), ({**meta, "EDGE": False}, {**meta, "EDGE": True, "maxnreg": half})
+    edge = {**meta, "EDGE": True}
+    if tile.block_m * tile.block_j <= 32 * 32 * tile.warps:  # then two programs fit a multiprocessor, with few spills
+        edge["maxnreg"] = 32768 // (32 * tile.warps)
+    return log2(exp(1)) / sqrt(keys.head_dim), ({**meta, "EDGE": False}, edge)
 
 
 def sum_tiles(
