@@ -3,6 +3,7 @@
     python examples/prefill.py                                    # the shipped model, document and question
     python examples/prefill.py --selector stem oracle --density 0.1
     python examples/prefill.py FILE --model DIR --question "..."  # any text, any Hugging Face causal LM folder
+    python examples/prefill.py FILE --model smollm2 --length 4096  # a pretrained one, by python -m bench.models smollm2
 
 Reads the prompt once densely and once for each selector (:mod:`stem_flex.selectors`; by default Stem and the
 experimental block sketch), all with the same number of blocks in every row, so that only the choice differs.
@@ -34,6 +35,7 @@ except ImportError:
 
 from prefill_timing import Run, Stopwatch
 
+from bench import models, tasks
 from stem_flex import StemConfig, oam_scores, selectors, tpd_budget
 from stem_flex.diagnostics import plot_block_mask
 from stem_flex.integrations import hf, hf_attention, hf_versions
@@ -55,6 +57,7 @@ class ByteTokenizer:
     """Text as its UTF-8 bytes, for a model without a tokenizer."""
 
     vocabulary = 256
+    frame = tasks.Frame()
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -64,10 +67,13 @@ class ByteTokenizer:
 
 
 class FolderTokenizer:
-    """The tokenizer of a model folder, without special tokens but a leading beginning-of-text one."""
+    """The tokenizer of a model folder; ``frame``: its chat format, or a leading beginning-of-text token."""
 
     def __init__(self, folder: Path):
         self.inner = AutoTokenizer.from_pretrained(folder)
+        bos = self.inner.bos_token_id
+        chat = self.inner.chat_template is not None
+        self.frame = tasks.chat_frame(self.inner) if chat else tasks.Frame(() if bos is None else (bos,))
 
     def encode(self, text: str) -> list[int]:
         return self.inner.encode(text, add_special_tokens=False)
@@ -132,10 +138,10 @@ def prompt_ids(
 
     Returns also where the hidden value stands.
     """
-    bos = getattr(getattr(tokenizer, "inner", None), "bos_token_id", None)
-    head = ([] if bos is None else [bos]) + (tokenizer.encode(INTRO) if question is None else [])
+    head = [*tokenizer.frame.before, *(tokenizer.encode(INTRO) if question is None else [])]
     needle = tokenizer.encode(NEEDLE) if question is None else []
-    tail = tokenizer.encode(QUESTION if question is None else f"\n\nQuestion: {question}\nAnswer:")
+    asked = QUESTION if question is None else f"\n\nQuestion: {question}\nAnswer:"
+    tail = tokenizer.frame.tail(asked, tokenizer.encode)
     room = length - len(head) - len(needle) - len(tail)
     if room < 1:
         sys.exit(f"--length must be more than {length - room}, got {length}; the question takes that much")
@@ -268,7 +274,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("file", nargs="?", type=Path, default=DOCUMENT, help="text to read")
-    parser.add_argument("--model", type=Path, default=None, help="folder of a Hugging Face causal LM")
+    parser.add_argument("--model", type=models.model_argument, help="folder of a causal LM, or smollm2: bench.models")
     # two cores take 78 s for 16,384 tokens, densely and with one selector, compilation included
     length = 16384 if torch.cuda.is_available() or torch.get_num_threads() >= 8 else 8192
     parser.add_argument("--length", type=int, default=length, help=f"tokens of the whole prompt, here {length}")
@@ -283,9 +289,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--picture", type=Path, default=Path("prefill.png"), help="where to draw the blocks")
     options = parser.parse_args(arguments)
-    for path in (options.file, options.model):
-        if path is not None and not path.exists():
-            parser.error(f"{path} does not exist")
+    if not options.file.exists():
+        parser.error(f"{options.file} does not exist")
     if not 0 < options.density <= 1:
         parser.error(f"--density must be in (0, 1], got {options.density}")
     if options.preset is None:

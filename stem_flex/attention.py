@@ -16,21 +16,25 @@ from stem_flex.config import StemConfig
 from stem_flex.diagnostics.selftest import check_block_lists
 from stem_flex.layout import Layout
 from stem_flex.mask import stem_block_mask
+from stem_flex.plumbing.ambient import cast_as_sdpa, without_autocast
 from stem_flex.plumbing.backend import Decision, choose, kernel_options
+from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.plumbing.captured import code_of
 from stem_flex.plumbing.checks import check_config, check_mod, check_qkv, check_scale
 from stem_flex.plumbing.compiled import compiled
 from stem_flex.plumbing.dense import dense_causal
+from stem_flex.plumbing.sharded import by_heads
 from stem_flex.selectors import Selector
 
 
+@by_heads
 def stem_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     config: StemConfig | None = None,
     *,
-    layout: Layout | None = None,
+    layout: Layout | BoundLayout | None = None,
     q_offset: int | Tensor = 0,
     prompt_len: int | Tensor | None = None,
     kv_len: int | Tensor | None = None,
@@ -46,8 +50,8 @@ def stem_attention(
 
     Args:
         q, k, v, config, layout, q_offset, prompt_len, kv_len, selector, budget: see
-            :func:`stem_flex.stem_block_mask`. Values past ``kv_len`` or in padding must be finite: flex_attention
-            multiplies them by zero.
+            :func:`stem_flex.stem_block_mask`; DTensors spread by heads give one placed as they are. Values past
+            ``kv_len`` or in padding must be finite: flex_attention multiplies them by zero.
         scale: of the logits, None is 1 / sqrt(D). The choice of blocks does not depend on it.
         score_mod: flex_attention's, applied to kept pairs. Each float that it or a mask_mod reads, with "flash" each
             number, is compiled in: pass what changes in tensors.
@@ -59,7 +63,7 @@ def stem_attention(
 
     Returns:
         (B, Hq, Lq, Dv) in q's dtype; with ``return_lse`` a pair. A query that may attend to nothing (padding)
-        gives zeros, and -inf.
+        gives zeros, and -inf. Under autocast q, k and v are cast to its dtype first, as SDPA does.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came, and the fix.
@@ -69,6 +73,7 @@ def stem_attention(
     On CUDA gradients flow to q, k, v through the kept pairs with backend "triton"; none through the choice.
     """
     config = check_config(config)
+    q, k, v = cast_as_sdpa(q, k, v)
     check_qkv(q, k, v)
     decision = explain(
         q,
@@ -87,7 +92,7 @@ def stem_attention(
     )
     if decision.dense and not options:
         check_scale(scale)
-        return dense_causal(q, k, v, scale=scale, kernel=decision.backend)
+        return without_autocast(dense_causal)(q, k, v, scale=scale, kernel=decision.backend)
     block_mask = stem_block_mask(
         q,
         k,
@@ -120,7 +125,7 @@ def explain(
     v: Tensor,
     config: StemConfig | None = None,
     *,
-    layout: Layout | None = None,
+    layout: Layout | BoundLayout | None = None,
     q_offset: int | Tensor = 0,
     prompt_len: int | Tensor | None = None,
     kv_len: int | Tensor | None = None,
@@ -139,6 +144,7 @@ def explain(
     Raises:
         ValueError, ImportError: an explicit backend can't serve the call: the reason and the fix.
     """
+    q, k, v = cast_as_sdpa(q, k, v)
     check_qkv(q, k, v)
     config = check_config(config)
     plain = (
@@ -189,6 +195,21 @@ def sparse_prefill(
         ValueError: the BlockMask does not fit q and k, or the backend can't serve the call.
         RuntimeError: flex_attention would run eagerly.
     """
+    return _sparse_prefill(*cast_as_sdpa(q, k, v), block_mask, scale, score_mod, backend, return_lse, options)
+
+
+@without_autocast
+def _sparse_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    scale: float | None,
+    score_mod: Callable | None,
+    backend: str,
+    return_lse: bool,
+    options: dict | None,
+) -> Tensor | tuple[Tensor, Tensor]:
     check_qkv(q, k, v)
     _check_mask(q, k, block_mask)
     _check_options(scale, score_mod, options)

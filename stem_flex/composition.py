@@ -99,7 +99,7 @@ def _layout_of(block_mask: BlockMask, geometry: Geometry | None) -> Layout:
     if intervals is None:
         return from_block_mask(block_mask)
     own, asked = ((x.q_offset, x.kv_len) for x in (known.geometry, geometry))
-    fixed = not any(isinstance(x, Tensor) for x in (*own, *asked)) and not known.layout.reads()
+    fixed = not any(isinstance(x, Tensor) for x in (*own, *asked)) and known.layout.reads() == ()
     # tensors may hold something else by now; the intervals are what they were
     return known.layout if fixed and own == asked else Interval(intervals)
 

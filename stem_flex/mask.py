@@ -10,16 +10,19 @@ from stem_flex import selectors
 from stem_flex.budget import Budget, rule_of
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
+from stem_flex.plumbing.ambient import cast_as_sdpa, without_autocast
 from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.plumbing.checks import check_config, check_qkv
 from stem_flex.plumbing.implementation import resolve
 from stem_flex.plumbing.mods import MaskModFn, of_blocks
+from stem_flex.plumbing.sharded import by_heads
 from stem_flex.plumbing.tables import BlockTables, block_classes, compact, table_shape
 from stem_flex.score import bind_to
 from stem_flex.select import select_blocks
 from stem_flex.selectors import Selector
 
 
+@by_heads
 def stem_block_mask(
     q: Tensor,
     k: Tensor,
@@ -46,7 +49,7 @@ def stem_block_mask(
     Args:
         q: (B, Hq, Lq, D), float16, bfloat16 or float32, any strides with a unit last one.
         k: (B, Hkv, Lk, D), the same dtype and device; Hq is a multiple of Hkv.
-        v: (B, Hkv, Lk, Dv).
+        v: (B, Hkv, Lk, Dv). DTensors spread by heads, ``Shard(1)``, give the mask of the rank's own heads.
         config: None means ``StemConfig()``.
         layout: structure of the mask (:mod:`stem_flex.layout`), None is causal; a bound one brings its offset and
             lengths with it.
@@ -67,7 +70,8 @@ def stem_block_mask(
 
     Returns:
         A BlockMask of shape (B, Hq, Lq, Lk) with partial and full blocks apart. Its attribute ``structure`` is
-        the bound layout. Nothing waits for the device, no gradient flows through the choice.
+        the bound layout. Nothing waits for the device, no gradient flows through the choice. Under autocast the same
+        mask comes out; only q, k, v of several dtypes are then cast to its dtype, as SDPA does.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came, and the fix.
@@ -75,6 +79,7 @@ def stem_block_mask(
     config = check_config(config)
     selector = selectors.resolve(selector, config)
     config = selector.configured(config)
+    q, k, v = cast_as_sdpa(q, k, v, only_mixed=True)
     check_qkv(q, k, v)
     if mask_mod not in ("layout", "exact"):
         raise ValueError(f"mask_mod must be 'layout' or 'exact', got {mask_mod!r}")
@@ -121,6 +126,7 @@ def assemble(
     return mask
 
 
+@without_autocast
 def _chosen(
     q: Tensor,
     k: Tensor,
@@ -133,8 +139,10 @@ def _chosen(
 ) -> BlockTables:
     """Score, then select. A selector's ``fused`` is the Triton backend of the pair, which holds no score matrix."""
     rule = rule_of(selector.budget if budget is None else budget, config)
-    if impl == "triton" and selector.fused is not None and not rule.needs_scores:
-        return selector.fused(q, k, v, bound, config, rule)
+    if impl == "triton" and selector.fused is not None:
+        tables = selector.fused(q, k, v, bound, config, rule)
+        if tables is not None:
+            return tables
     given = {"impl": impl} if selector.has_kernels else {}
     scores = selector.scores(q, k, v, config, layout=bound, **given)
     return select_blocks(scores, bound, config, budget=rule, impl=impl)

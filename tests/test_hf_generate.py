@@ -14,7 +14,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList  # n
 import stem_flex.integrations.hf as stem_hf  # noqa: E402
 from stem_flex import reference  # noqa: E402
 from stem_flex.integrations.hf_prompts import Prompt, tokens_of  # noqa: E402
-from stem_flex.integrations.hf_versions import with_cache  # noqa: E402
+from stem_flex.integrations.hf_versions import release, with_cache  # noqa: E402
 from tests.hf_models import BY_BLOCK, KEEP_ALL, kept, prompt, tiny_model  # noqa: E402
 
 ONE = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
@@ -110,15 +110,15 @@ def test_other_ways_to_generate_are_the_models_own(options, llama, exactly):
 
 @pytest.mark.parametrize("only_new", [False, True])
 def test_a_second_turn_counts_what_the_cache_holds(only_new, sparse, exactly, selections):
+    if not only_new and release() < (5, 23):
+        pytest.skip("transformers before 5.23 takes the first turn for padding where chunks repeat it")
     ids, cache = prompt(tokens=192), DynamicCache(config=sparse.config)
     with torch.no_grad():
         sparse(ids[:, :96], **with_cache(sparse, cache))
     selections.clear()
     given = ids[:, 96:] if only_new else ids
     mask = torch.ones_like(ids)
-    # transformers before 5.24 takes a cache here by its old name, and later ones by both
-    name = next(iter(with_cache(sparse, cache)))
-    sparse.generate(given, attention_mask=mask, prefill_chunk_size=48, **{name: cache}, **ONE)
+    sparse.generate(given, attention_mask=mask, prefill_chunk_size=48, **with_cache(sparse, cache), **ONE)
     q, k, v, _, mask = selections[0]
     assert (q.shape[2], k.shape[2]) == (48, 144)
     assert torch.equal(kept(mask), reference.block_keep(q, k, v, BY_BLOCK, q_offset=96, prompt_len=192))

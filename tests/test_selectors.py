@@ -140,7 +140,7 @@ def test_a_registered_selector_joins_the_table(registry, tmp_path, monkeypatch):
     """bench.ruler and bench.accuracy take it by name, and the table of a tiny model has its row."""
     transformers = pytest.importorskip("transformers", reason="the benchmark runs transformers models")
     pytest.importorskip("matplotlib", reason="the report draws")
-    from bench import accuracy, ruler
+    from bench import accuracy, models, ruler
 
     def first_blocks(q, k, v, config, *, layout=None, q_offset=0):
         scores = oracle.scores(q, k, v, config, layout=layout, q_offset=q_offset)
@@ -155,7 +155,7 @@ def test_a_registered_selector_joins_the_table(registry, tmp_path, monkeypatch):
         head_dim=16, intermediate_size=32, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(ruler.MODEL)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models.SHIPPED)
     tokenizer.save_pretrained(tmp_path / "model")
     text = ruler.read_corpus(tokenizer, 100_000)
     monkeypatch.setattr(ruler, "read_corpus", lambda tokenizer: text)
@@ -253,7 +253,7 @@ def test_sketch_of_single_tokens_is_attention_without_the_mask(make_qkv):
     """With as many means as tokens a proxy is a token: mean + largest mass, every key of allowed blocks seen."""
     q, k, v = make_qkv(1, 4, 2, 96, 16)
     config = StemConfig(block_size=16, stride=8)
-    scores = sketch.scores(q, k, v, config, means=16)
+    scores = sketch.scores(q, k, v, config, sketch=(0, 16, 0, 16))
     for h in range(4):
         for row in range(6):
             queries, keys = q[0, h, row * 16 : row * 16 + 16].double(), k[0, h // 2, : row * 16 + 16].double()
@@ -266,11 +266,11 @@ def test_proxies_stand_for_every_token():
     """Token counts add up to the length; outliers are the tokens farthest from their block's mean."""
     x = torch.randn(1, 2, 75, 8)
     x[0, :, 40] *= 50
-    found, counts = sketch.proxies(x, 32, 4, 0)
+    found, counts = sketch.proxies(x, 32, 0, 4)
     assert found.shape == (1, 2, 3, 4, 8)
     assert counts.tolist() == [[8.0] * 4, [8.0] * 4, [8.0, 3.0, 0.0, 0.0]]
     torch.testing.assert_close(found[0, :, 2, 1], x[0, :, 72:75].mean(1))
-    found, counts = sketch.proxies(x, 32, 4, 2)
+    found, counts = sketch.proxies(x, 32, 2, 4)
     assert found.shape == (1, 2, 3, 6, 8)
     assert counts.shape == (3, 6)
     torch.testing.assert_close(found[0, :, 1, 0], x[0, :, 40])
@@ -283,7 +283,7 @@ def test_sketch_finds_a_single_strong_pair():
     direction = torch.nn.functional.normalize(torch.randn(64), dim=0)
     q[0, 0, 500], k[0, 0, 77] = 40 * direction, 40 * direction
     config = StemConfig(block_size=64, stride=8)
-    assert int(sketch.outlier_scores(q, k, v, config)[0, 0, 7].argmax()) == 1
+    assert int(sketch.scores(q, k, v, config)[0, 0, 7].argmax()) == 1
     assert int(oracle.scores(q, k, v, config)[0, 0, 7].argmax()) == 1
 
 
@@ -291,4 +291,4 @@ def test_sketch_errors(make_qkv):
     """means must divide the blocks."""
     q, k, v = make_qkv(1, 2, 1, 64, 16)
     with pytest.raises(ValueError, match=r"means must divide both block sizes 32, got 5"):
-        sketch.scores(q, k, v, CONFIG, means=5)
+        sketch.scores(q, k, v, CONFIG, sketch=(0, 5, 0, 5))

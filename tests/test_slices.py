@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -27,7 +29,7 @@ def test_rows_chosen_apart_are_the_rows_of_one_choice(data):
     whole = stem_block_mask(q, k, v, config, layout=structure, **keywords)
     bound = structure.bind(B, Hq, Lq, Lk, block_size=block, **keywords)
     cuts = sorted(data.draw(st.sets(st.integers(0, bound.q_blocks), max_size=3)) | {0, bound.q_blocks})
-    for first, last in zip(cuts, cuts[1:], strict=False):
+    for first, last in pairwise(cuts):
         rows = slice(first * config.query_block, min(last * config.query_block, Lq))
         part = stem_block_mask(q[:, :, rows], k, v, config, layout=rows_of(bound, first, last))
         testing.assert_valid_block_mask(part)

@@ -49,7 +49,7 @@ class MaskReader:
         """Allowed token pairs, bool (queries, keys up to the last one that any of the queries may see)."""
         key = (b if self.by_batch else 0, h if self.by_head else 0, queries.start)
         if self._last is None or self._last[0] != key:
-            batch, head = (torch.tensor([x], device=self.device) for x in key[:2])
+            batch, head = (torch.tensor([x], dtype=torch.int64, device=self.device) for x in key[:2])
             rows = torch.arange(queries.start, queries.stop, device=self.device)
             columns = torch.arange(self.k_len, device=self.device)
             mask = over_tokens(self.mask_mod, batch, head, rows, columns)[0, 0]

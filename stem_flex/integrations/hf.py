@@ -15,6 +15,8 @@ Budgets follow the whole prompt's length. ``generate`` of a model that :func:`ap
 tokens seen so far (cache and chunk) count as the prompt, so that an early chunk gets the budget of a prompt that
 ends with it.
 
+Under tensor parallelism (``tp_plan="auto"`` and torchrun) every rank serves its own heads.
+
 Models that bring attention of their own instead of transformers' interface (bloom, falcon, gptj) are not served.
 The name alone is refused at the first forward where such a model asks for a mask, and fails or is ignored where it
 does not; use :func:`apply`, which refuses all of them.
@@ -33,7 +35,7 @@ from stem_flex.budget import Budget
 from stem_flex.config import StemConfig
 from stem_flex.integrations import hf_versions
 from stem_flex.integrations.hf_attention import MODE, stem_attention_forward
-from stem_flex.integrations.hf_interface import no_interface
+from stem_flex.integrations.hf_interface import no_interface, refuse_undivided_heads
 from stem_flex.integrations.hf_masks import stem_mask
 from stem_flex.integrations.hf_prompts import Prompt, prompt_length, reading, tokens_of
 from stem_flex.integrations.hf_settings import (
@@ -103,7 +105,8 @@ def apply(
     Raises (and leaves the model as it was):
         TypeError: ``model`` is no transformers model, a class of it has no attention interface, or a wrong option.
         NotImplementedError: the model selects its own keys.
-        ValueError: a layer that the model does not have, or a name or selector that is not registered.
+        ValueError: a layer that the model does not have, a name or selector that is not registered, or heads that the
+            tensor parallel ranks do not divide.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
@@ -111,6 +114,7 @@ def apply(
         raise ValueError(f"name must be registered, got {name!r}; call stem_flex.integrations.hf.register({name!r})")
     text = model.config.get_text_config(decoder=True)
     refuse_own_selection(text)
+    refuse_undivided_heads(text, getattr(model, "tp_size", None))
     owner = _owner(model, text)
     state = model.__dict__.get(_STATE) or {
         "implementation": hf_versions.implementation(text),

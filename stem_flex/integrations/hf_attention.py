@@ -16,6 +16,7 @@ from stem_flex.integrations.hf_masks import StemMask
 from stem_flex.integrations.hf_settings import is_prefill, raw_settings, read_settings
 from stem_flex.integrations.hf_trace import record
 from stem_flex.mask import stem_block_mask
+from stem_flex.plumbing.ambient import cast_as_sdpa, without_autocast
 from stem_flex.plumbing.backend import flash_refusal
 from stem_flex.plumbing.dense import dense_causal
 from stem_flex.plumbing.tables import block_classes
@@ -102,7 +103,24 @@ def _prefill(
             "model.config.is_causal = False, else leave is_causal of attention modules as it was"
         )
     mask.check(query, key)
-    mask = mask.to(query.device)
+    out = _chosen_path(module, *cast_as_sdpa(query, key, value), mask.to(query.device), scaling, kwargs)
+    inputs = [x for x in (query, key, value, kwargs.get("s_aux")) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        out = _NoBackward.apply(out, *inputs)
+    return out.transpose(1, 2).contiguous()
+
+
+@without_autocast
+def _chosen_path(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: StemMask,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """(B, Hq, Lq, Dv) by the dense kernel, the exact mask, or Stem's."""
     q, k, v = query.detach(), key.detach()[:, :, : mask.used_keys], value.detach()[:, :, : mask.used_keys]
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     sinks = None if sinks is None else sinks.detach()
@@ -110,15 +128,10 @@ def _prefill(
     kernel = _dense_kernel(q, k, v, mask, stem) if softcap is None and sinks is None else None
     if kernel is not None:
         record(module, "dense", q, k)
-        out = dense_causal(q, k, v, scale=scaling, kernel=kernel)
-    else:
-        record(module, "stem" if stem else "exact", q, k)
-        block_mask = _selected(q, k, v, mask) if stem else _exact(mask)
-        out = _attend(q, k, v, block_mask, scaling, softcap, sinks)
-    inputs = [x for x in (query, key, value, kwargs.get("s_aux")) if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        out = _NoBackward.apply(out, *inputs)
-    return out.transpose(1, 2).contiguous()
+        return dense_causal(q, k, v, scale=scaling, kernel=kernel)
+    record(module, "stem" if stem else "exact", q, k)
+    block_mask = _selected(q, k, v, mask) if stem else _exact(mask)
+    return _attend(q, k, v, block_mask, scaling, softcap, sinks)
 
 
 def _dense_kernel(q: Tensor, k: Tensor, v: Tensor, mask: StemMask, stem: bool) -> str | None:
@@ -195,6 +208,7 @@ def _softcap(cap: float):
     return softcap_score
 
 
+@without_autocast
 def _sink_attention_rows(
     query: Tensor,
     key: Tensor,
@@ -211,13 +225,13 @@ def _sink_attention_rows(
     classes = block_classes(block_mask)
     group = heads // key.shape[1]
     key, value = (x.repeat_interleave(group, dim=1).float() for x in (key, value))
-    b = torch.arange(batch).view(-1, 1, 1, 1)
-    h = torch.arange(heads).view(1, -1, 1, 1)
-    kv = torch.arange(keys)
-    out = torch.empty(batch, heads, queries, value.shape[-1], dtype=query.dtype)
+    b = torch.arange(batch, device=query.device).view(-1, 1, 1, 1)
+    h = torch.arange(heads, device=query.device).view(1, -1, 1, 1)
+    kv = torch.arange(keys, device=query.device)
+    out = torch.empty(batch, heads, queries, value.shape[-1], dtype=query.dtype, device=query.device)
     sink = sinks.float().view(1, -1, 1, 1).expand(batch, heads, q_block, 1)
     for row in range(classes.shape[2]):
-        q = torch.arange(row * q_block, min((row + 1) * q_block, queries))
+        q = torch.arange(row * q_block, min((row + 1) * q_block, queries), device=query.device)
         listed = classes[:, :, row].repeat_interleave(k_block, dim=-1)[..., None, :keys]
         kept = (listed == 2) | ((listed == 1) & block_mask.mask_mod(b, h, q.view(-1, 1), kv))
         scores = query[:, :, q].float() @ key.mT * (dim**-0.5 if scaling is None else scaling)

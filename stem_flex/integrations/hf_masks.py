@@ -17,7 +17,7 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.nn.attention.flex_attention import BlockMask
 
 from stem_flex.integrations import hf_versions
-from stem_flex.integrations.hf_interface import refuse_without_interface
+from stem_flex.integrations.hf_interface import refuse_undivided_heads, refuse_without_interface
 from stem_flex.integrations.hf_patterns import KeyRange, SharedLayout, key_range, kind_of, recognise
 from stem_flex.integrations.hf_prompts import current_prompt
 from stem_flex.integrations.hf_settings import (
@@ -253,11 +253,13 @@ def stem_mask(
         NotImplementedError: a model that selects its own keys.
         TypeError: a model whose attention does not go through transformers' attention interface.
         TypeError, ValueError: settings on the config that are not as ``Settings.to_json`` makes them.
+        ValueError: heads that the tensor parallel ranks do not divide.
     """
     if isinstance(attention_mask, StemMask):
         return attention_mask  # generate builds masks ahead, and the model passes them through here again
     refuse_own_selection(config)
     refuse_without_interface(config)
+    refuse_undivided_heads(config)
     if not torch.compiler.is_compiling():
         read_settings(config)  # for its errors, which should not wait for the first long prompt
     settings = raw_settings(config)

@@ -87,19 +87,22 @@ class Settings:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any] | None, layers: int | None = None) -> Settings:
+    def from_json(
+        cls, data: dict[str, Any] | None, layers: int | None = None, *, name: str = "config.stem_flex"
+    ) -> Settings:
         """Inverse of :meth:`to_json`; None and missing keys are the defaults, unknown keys an error.
 
-        ``layers`` is how many the model has, from whose end negative ``dense_layers`` count.
+        ``layers`` is how many the model has, from whose end negative ``dense_layers`` count; ``name`` is what errors
+        call the settings.
         """
-        data = _plain("config.stem_flex", data, cls)
-        config = _plain("config.stem_flex['config']", data.pop("config", None), StemConfig)
+        data = _plain(name, data, cls)
+        config = _plain(f"{name}['config']", data.pop("config", None), StemConfig)
         if isinstance(config.get("block_size"), list):
             config["block_size"] = tuple(config["block_size"])
         if "dense_layers" in data:
-            data["dense_layers"] = _from_start(layer_numbers(data["dense_layers"]), layers)
+            data["dense_layers"] = _from_start(layer_numbers(data["dense_layers"]), layers, name)
         if isinstance(data.get("budget"), dict):
-            data["budget"] = _rule_from_json(data["budget"])
+            data["budget"] = _rule_from_json(data["budget"], f"{name}['budget']")
         return cls(config=StemConfig(**config), **data)
 
 
@@ -127,13 +130,13 @@ def rule_to_json(rule: int | Budget) -> int | dict[str, Any]:
     return {"rule": name, **fields}
 
 
-def _rule_from_json(data: dict[str, Any]) -> Budget:
+def _rule_from_json(data: dict[str, Any], name: str) -> Budget:
     data = dict(data)
-    name = data.pop("rule", None)
-    rule = getattr(budget, name, None) if isinstance(name, str) else None
+    given = data.pop("rule", None)
+    rule = getattr(budget, given, None) if isinstance(given, str) else None
     if not (isinstance(rule, type) and issubclass(rule, Budget)):
-        raise ValueError(f"config.stem_flex['budget'] must name a rule of stem_flex.budget, got {name!r}")
-    return rule(**_plain("config.stem_flex['budget']", data, rule))
+        raise ValueError(f"{name} must name a rule of stem_flex.budget, got {given!r}")
+    return rule(**_plain(name, data, rule))
 
 
 def _fields(cls: Any) -> tuple[dataclasses.Field, ...]:
@@ -166,10 +169,10 @@ def layer_numbers(dense_layers: Iterable[int]) -> list[int]:
     )
 
 
-def _from_start(layers: list[int], count: int | None) -> tuple[int, ...]:
+def _from_start(layers: list[int], count: int | None, name: str) -> tuple[int, ...]:
     if any(layer < -(count or 0) for layer in layers):
         known = "how many the model has is not known" if count is None else f"the model has {count}"
-        raise ValueError(f"config.stem_flex['dense_layers'] counts from the end in {layers}, but {known}")
+        raise ValueError(f"{name}['dense_layers'] counts from the end in {layers}, but {known}")
     return tuple(layer + (count or 0) if layer < 0 else layer for layer in layers)
 
 

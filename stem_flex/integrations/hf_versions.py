@@ -100,19 +100,21 @@ def cache_of(output: Any) -> Any:
 
 causal: Callable = getattr(masking_utils, "causal_mask_function", None) or (lambda b, h, q, kv: kv <= q)
 
+_ONES = torch.ones(1, 1, dtype=torch.int64, device="cpu")  # for a function to close over
+
 # What mask functions are put together from: who makes the piece, of what say, and what it keeps in its closure.
 _MAKERS: dict[str, tuple[str, Callable[[], tuple], tuple[str, ...]]] = {
     "and": ("and_masks", tuple, ("mask_functions",)),
     "or": ("or_masks", tuple, ("mask_functions",)),
     "window": ("sliding_window_overlay", lambda: (1,), ("sliding_window",)),
-    "chunk": ("chunked_overlay", lambda: (1, torch.zeros(1)), ("chunk_size", "left_padding")),
-    "packed": ("packed_sequence_mask_function", lambda: (torch.zeros(1, 1),), ("packed_sequence_mask",)),
+    "chunk": ("chunked_overlay", lambda: (1, _ONES[0]), ("chunk_size", "left_padding")),
+    "packed": ("packed_sequence_mask_function", lambda: (_ONES,), ("packed_sequence_mask",)),
     # an overlay of image tokens
-    "blockwise": ("blockwise_overlay", lambda: (torch.zeros(1, 1),), ("block_sequence_ids",)),
+    "blockwise": ("blockwise_overlay", lambda: (_ONES,), ("block_sequence_ids",)),
     # since 5.23, the mask of a packed prompt counts by the positions within each sequence
     "remapped": (
         "remap_positions_for_packed_sequence",
-        lambda: (causal, torch.zeros(1, 1)),
+        lambda: (causal, _ONES),
         ("mask_function", "position_ids"),
     ),
 }

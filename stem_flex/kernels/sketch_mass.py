@@ -258,8 +258,8 @@ def score_rows(
     args = (
         room.sums, room.tops, rows, classes, query_start, query_end, out, levels, counts,
         0.0 if levels is not None else threshold, sizes.q_blocks, sizes.q_len, chunk.row, chunk.height, chunk.width,
-        sizes.k_blocks, sums_stride(chunk.width), tiles, sizes.heads * chunk.height * per_row * tiles, head_stride, row_stride,
-        rows.stride(0) if rows.shape[0] > 1 else 0, *class_strides, *broadcast_strides(levels),
+        sizes.k_blocks, sums_stride(chunk.width), tiles, sizes.heads * chunk.height * per_row * tiles, head_stride,
+        row_stride, rows.stride(0) if rows.shape[0] > 1 else 0, *class_strides, *broadcast_strides(levels),
     )  # fmt: skip
     launch(_read_kernel, sizes.heads * chunk.height, args, _read_meta(sizes, full), plan, ("masses", chunk.row))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,8 +54,9 @@ class And(Layout):
     def parts(self) -> tuple[Layout, ...]:
         return self.left.parts() + self.right.parts()
 
-    def reads(self) -> tuple[Tensor | float, ...]:
-        return self.left.reads() + self.right.reads()
+    def reads(self) -> tuple[Any, ...] | None:
+        left, right = self.left.reads(), self.right.reads()
+        return None if left is None or right is None else left + right
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,11 +14,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from stem_flex.plumbing.captured import state_of
+from stem_flex.plumbing.ambient import without_autocast
 from stem_flex.plumbing.classes import EMPTY, classify
 from stem_flex.plumbing.geometry import LONGEST, Geometry, Spans
 from stem_flex.plumbing.mods import MaskModFn, all_of, causal_mask, inside, interval_mod
 from stem_flex.plumbing.structure import Structure
+from stem_flex.plumbing.watched import state_of, tell_changes
 
 _MEMO_ENTRIES = 64
 
@@ -99,10 +100,13 @@ class BoundLayout:
 
     def remembered(self, key: Any, make: Callable[[], Any]) -> Any:
         """``make()``, kept under ``key`` for as long as the binding is; of a graph being captured nothing is kept."""
-        if self.memo is not None and key in self.memo:
+        if self.memo is None:
+            return make()
+        if key in self.memo:
             return self.memo[key]
-        value = make()
-        if self.memo is not None and not (self.rows.is_cuda and torch.cuda.is_current_stream_capturing()):
+        with torch.inference_mode(False), torch.no_grad():  # what is remembered also serves training
+            value = make()
+        if not (self.rows.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.memo[key] = value
         return value
 
@@ -150,10 +154,11 @@ def bind(
     if not lengths_known or torch.compiler.is_compiling():
         return _bind(layout, Geometry.of(*key), memo=False)
     reads = layout.reads()
-    tensors = [x for x in reads if isinstance(x, Tensor)]
+    if reads is None:
+        return _bind(layout, Geometry.of(*key), memo=False)
+    tensors = [x for x in reads if isinstance(x, Tensor)] if reads else None
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if tensors and (capturing or any(tensor.is_inference() for tensor in tensors)):
-        # a graph reads the tensors when it is replayed; inference tensors don't tell when they change
+    if tensors and (capturing or not tell_changes(tensors)):  # a graph reads the tensors when it is replayed
         return _bind(layout, Geometry.of(*key), memo=False)
     memo: dict[tuple, tuple[BoundLayout, tuple, tuple]] = layout.__dict__.setdefault("_memo", {})
     state = state_of(reads)
@@ -175,6 +180,7 @@ def bind(
 _kept_for_graphs: dict[int, BoundLayout] = {}  # a graph replays their addresses for as long as it lives
 
 
+@without_autocast
 def _bind(layout: Structure, geometry: Geometry, memo: bool) -> BoundLayout:
     parts = layout.parts()
     valid = _intersection([part.valid(geometry) for part in parts])

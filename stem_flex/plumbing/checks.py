@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stem_flex.config import StemConfig
+from stem_flex.plumbing.sharded import is_dtensor
 
 _MODS = {"mask_mod": "b, h, q_idx, kv_idx", "score_mod": "score, b, h, q_idx, kv_idx"}
 
@@ -19,6 +20,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if is_dtensor(x):
+            raise TypeError(
+                f"{name} must be a plain tensor here, got a DTensor; stem_attention takes them, or .to_local()"
+            )
         if x.dim() != 4:
             raise ValueError(f"{name} must have shape (B, H, L, D), got {tuple(x.shape)}")
         if x.dtype not in _DTYPES:
@@ -67,7 +72,7 @@ def check_int_tensor(name: str, tensor: Tensor, dim: int) -> None:
 def as_int_tensor(name: str, values: object, *dims: int) -> Tensor:
     """``values`` as an int tensor of ``dims`` dimensions; raise TypeError or ValueError naming it."""
     try:
-        tensor = torch.as_tensor(values)
+        tensor = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be ints, a list or a tensor, got {values!r}") from error
     if tensor.numel() == 0:

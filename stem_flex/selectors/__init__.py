@@ -59,7 +59,7 @@ class Selector:
         experimental: not a published method.
         budget: its own rule of how many blocks a row keeps; None: the config's schedule.
         fused: ``(q, k, v, bound, config, rule) -> BlockTables``, the Triton backend of scoring and selecting in one
-            operator that holds no score matrix; used for rules that need no scores. None: there is none.
+            operator that holds no score matrix, or None for a rule that it does not serve. None: there is none.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Selector:
     settings: Mapping[str, Any] = field(default_factory=dict)
     experimental: bool = False
     budget: Budget | None = None
-    fused: Callable[..., BlockTables] | None = None
+    fused: Callable[..., BlockTables | None] | None = None
 
     def configured(self, config: StemConfig) -> StemConfig:
         """``config`` with this selector's own settings."""
@@ -95,7 +95,7 @@ def register(
     *,
     experimental: bool = False,
     budget: Budget | None = None,
-    fused: Callable[..., BlockTables] | None = None,
+    fused: Callable[..., BlockTables | None] | None = None,
     **settings: Any,
 ) -> Selector:
     """Add a selector, see :class:`Selector`; ``settings`` are fields of :class:`StemConfig`.
@@ -142,7 +142,7 @@ def names() -> list[str]:
 
 _ROUTINGS = {
     "oam": Selector("stem", oam_scores, "Stem as the configuration says", fused=stem.tables),
-    "sketch": Selector("sketch", sketch.scores, "the block sketch as the configuration says"),
+    "sketch": Selector("sketch", sketch.scores, "the block sketch as the configuration says", fused=sketch.tables),
 }
 
 register("sam", oam_scores, "routing only, the same budget for every row", fused=stem.tables, value_weight=0.0, mu=1.0)
@@ -169,15 +169,32 @@ register(
     mu=0.7,
 )
 register("stem-log", oam_scores, "Stem with the paper's Eq. 7 magnitude", fused=stem.tables, metric="log", mu=0.7)
+_MEANS = (0, 16, 0, 16)
 register(
-    "sketch", sketch.means_scores, "attention between 16 means of each block, mean and maximum", experimental=True, mu=1.0
+    "sketch",
+    sketch.scores,
+    "attention between 16 means of each block, mean and maximum",
+    experimental=True,
+    fused=sketch.tables,
+    sketch=_MEANS,
+    mu=1.0,
 )
-register("sketch+tpd", sketch.means_scores, "the block sketch with budgets that decay", experimental=True, mu=0.7)
+register(
+    "sketch+tpd",
+    sketch.scores,
+    "the block sketch with budgets that decay",
+    experimental=True,
+    fused=sketch.tables,
+    sketch=_MEANS,
+    mu=0.7,
+)
 register(
     "sketch-outliers",
     sketch.scores,
     "attention between 16 outlier queries + 8 means and 4 outlier keys + 8 means",
     experimental=True,
+    fused=sketch.tables,
+    sketch=(16, 8, 4, 8),
     mu=1.0,
 )
 register("oracle", oracle.scores, "the largest true attention mass any token gives the block", mu=1.0)

@@ -70,7 +70,7 @@ def block_mass(
     batch, heads, q_len, _ = q.shape
     k_len, (q_block, k_block) = k.shape[2], block
     blocks = -(-q_len // q_block), -(-k_len // k_block)
-    mean = torch.zeros(batch, heads, *blocks, device=q.device)
+    mean = torch.zeros(batch, heads, *blocks, dtype=torch.float32, device=q.device)
     peak = torch.zeros_like(mean)
     for row in range(blocks[0]):
         part = slice(row * q_block, min((row + 1) * q_block, q_len))
