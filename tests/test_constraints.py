@@ -19,7 +19,7 @@ PINS = {str(canonicalize_name(name)): Version(version) for name, version in (lin
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # flash-attn-4 needs a GPU, so that no run without one could test its version
 EXTRAS = {extra: needed for extra, needed in PROJECT["optional-dependencies"].items() if extra != "flash"}
-NAMED = [Requirement(line) for line in (*PROJECT["dependencies"], *(line for lines in EXTRAS.values() for line in lines))]
+NAMED = [Requirement(line) for lines in (PROJECT["dependencies"], *EXTRAS.values()) for line in lines]
 
 
 def reached(requirements: list[Requirement]) -> dict[str, Version]:
