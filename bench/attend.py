@@ -248,9 +248,11 @@ def prepare(model: Any) -> Any:
     """Let every attention layer of ``model`` ask :func:`attending`'s function; returns the model."""
     from transformers import AttentionInterface
 
+    from stem_flex.integrations.hf_versions import implementation
+
     AttentionInterface.register(IMPLEMENTATION, _forward)
     model.set_attn_implementation(IMPLEMENTATION)
-    if model.config.get_text_config(decoder=True)._attn_implementation != IMPLEMENTATION:
+    if implementation(model.config.get_text_config(decoder=True)) != IMPLEMENTATION:
         raise TypeError(f"{type(model).__name__} does not use transformers' attention interface")
     return model
 

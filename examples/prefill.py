@@ -38,10 +38,7 @@ from prefill_timing import Run, Stopwatch
 from bench import models, tasks
 from stem_flex import StemConfig, oam_scores, selectors, tpd_budget
 from stem_flex.diagnostics import plot_block_mask
-from stem_flex.integrations import hf, hf_attention
-from stem_flex.mask import assemble
-from stem_flex.score import bind_to
-from stem_flex.select import select_blocks
+from stem_flex.integrations import hf, hf_attention, hf_versions
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "needle_lm"
@@ -86,15 +83,11 @@ class FolderTokenizer:
 
 
 def builder(name: str) -> Callable:
-    """The BlockMask function of a selector: stem_block_mask itself for Stem and its parts."""
-    selector = selectors.get(name)
-    if selector.scores is oam_scores:
-        return hf_attention.stem_block_mask
+    """The BlockMask function of a selector, with the budgets that were fitted to the density in place of its own."""
+    selector = replace(selectors.get(name), settings={}, budget=None)
 
-    def build(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: StemConfig, **where: Any) -> Any:
-        bound = bind_to(q, k, **where, config=config)
-        scores = selector.scores(q, k, v, config, layout=where["layout"], q_offset=where["q_offset"])
-        return assemble(select_blocks(scores, bound, config), bound)
+    def build(*tensors: Any, **options: Any) -> Any:
+        return hf_attention.stem_block_mask(*tensors, **options | {"selector": selector})
 
     return build
 
@@ -168,11 +161,13 @@ def prefill(model: Any, tokenizer: Any, ids: torch.Tensor, tokens: int, watch: S
         start = watch.now()
         out = model(ids, use_cache=True, logits_to_keep=1)
         total = watch.now() - start
-        logits, cache, answer = out.logits[0, -1].float(), out.past_key_values, []
+        logits, cache, answer = out.logits[0, -1].float(), hf_versions.cache_of(out), []
         token = int(logits.argmax())
         for _ in range(tokens):
             answer.append(token)
-            out = model(torch.tensor([[token]], device=ids.device), past_key_values=cache, use_cache=True)
+            out = model(
+                torch.tensor([[token]], device=ids.device), use_cache=True, **hf_versions.with_cache(model, cache)
+            )
             token = int(out.logits[0, -1].argmax())
             if tokenizer.decode([token]) in ("\n", ""):
                 break

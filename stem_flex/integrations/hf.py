@@ -25,19 +25,19 @@ does not; use :func:`apply`, which refuses all of them.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from stem_flex import selectors
+from stem_flex.budget import Budget
 from stem_flex.config import StemConfig
+from stem_flex.integrations import hf_versions
 from stem_flex.integrations.hf_attention import MODE, stem_attention_forward
 from stem_flex.integrations.hf_interface import no_interface, refuse_undivided_heads
-from stem_flex.integrations.hf_masks import prompt_tokens, stem_mask
+from stem_flex.integrations.hf_masks import stem_mask
+from stem_flex.integrations.hf_prompts import Prompt, prompt_length, reading, tokens_of
 from stem_flex.integrations.hf_settings import (
     DEFAULT_DENSE_LAYERS,
     DEFAULT_MIN_TOKENS,
@@ -47,10 +47,10 @@ from stem_flex.integrations.hf_settings import (
     refuse_own_selection,
 )
 from stem_flex.integrations.hf_trace import Call, Trace, trace
+from stem_flex.selectors import Selector
 
 __all__ = ["Call", "Trace", "apply", "prompt_length", "register", "remove", "trace"]
 
-_OLDEST = (5, 5)
 _STATE = "_stem_flex_before"
 # transformers looks for these inside a name and then runs other checks, or other kernels
 _TAKEN = ("flash", "sdpa", "flex_attention", "eager", "/", "|")
@@ -60,12 +60,10 @@ def register(name: str = "stem_flex") -> None:
     """Make ``attn_implementation=name`` known to transformers. Importing this module does it for "stem_flex".
 
     Raises:
-        ImportError: transformers is older than 5.5, whose mask functions are called differently.
+        ImportError: transformers is older than 5.5, whose mask functions are called differently, or has changed since.
         ValueError: transformers would take the name for another implementation.
     """
-    version = importlib.metadata.version("transformers")
-    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
-        raise ImportError(f"stem_flex needs transformers 5.5 or newer, got {version}; pip install -U transformers")
+    hf_versions.check_release()
     taken = [part for part in _TAKEN if part in name]
     if taken or not name:
         raise ValueError(f"name must not be empty or contain {taken}, got {name!r}; use 'stem_flex:fast', say")
@@ -79,6 +77,8 @@ def apply(
     *,
     dense_layers: Iterable[int] | Callable[[int], bool] = DEFAULT_DENSE_LAYERS,
     min_tokens: int = DEFAULT_MIN_TOKENS,
+    selector: str | Selector | None = None,
+    budget: int | Budget | None = None,
     name: str = "stem_flex",
 ) -> PreTrainedModel:
     """Switch a causal language model to Stem, in place; of a composite model the text model only.
@@ -91,6 +91,10 @@ def apply(
         min_tokens: a forward that makes fewer keys (cache included) runs as before, and so does a chunk of fewer
             than ``min(min_tokens, 128)`` queries. 0 with ``dense_layers=()`` sends every plain-causal prefill
             of more than one token to Stem; with more, prompts that are as fast dense run dense.
+        selector: how block pairs are scored, as :func:`stem_flex.stem_block_mask` has it: the name of a registered
+            selector, or the object. None: by Stem, with ``config`` to the letter.
+        budget: blocks to keep instead of ``config``'s schedule: an int, or a rule of :mod:`stem_flex.budget` without
+            tensors, which one forward's sizes would fit and no other's.
         name: as registered.
 
     Returns:
@@ -101,8 +105,8 @@ def apply(
     Raises (and leaves the model as it was):
         TypeError: ``model`` is no transformers model, a class of it has no attention interface, or a wrong option.
         NotImplementedError: the model selects its own keys.
-        ValueError: a layer that the model does not have, a name that is not registered, or heads that the tensor
-            parallel ranks do not divide.
+        ValueError: a layer that the model does not have, a name or selector that is not registered, or heads that the
+            tensor parallel ranks do not divide.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
@@ -113,7 +117,7 @@ def apply(
     refuse_undivided_heads(text, getattr(model, "tp_size", None))
     owner = _owner(model, text)
     state = model.__dict__.get(_STATE) or {
-        "implementation": text._attn_implementation,
+        "implementation": hf_versions.implementation(text),
         "settings": getattr(text, "stem_flex", None),
     }
     before = state["implementation"]
@@ -124,9 +128,11 @@ def apply(
         dense_layers=dense,
         min_tokens=min_tokens,
         fallback=before if before in FALLBACKS else "sdpa",
+        selector=_registered(selector) if isinstance(selector, Selector) else selector,
+        budget=budget,
     )
     owner.set_attn_implementation({"": name})
-    if text._attn_implementation != name:
+    if hf_versions.implementation(text) != name:
         raise RuntimeError(f"{type(owner).__name__} kept its attention; transformers refused {name!r}")
     model.__dict__[_STATE] = state
     text.stem_flex = settings.to_json()
@@ -162,25 +168,6 @@ def remove(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@contextmanager
-def prompt_length(tokens: int) -> Iterator[None]:
-    """Say how long the whole prompt is, padding included, around forwards that each see a part of it.
-
-    Chunks then get the budgets that one forward over the whole prompt would have had::
-
-        with prompt_length(ids.shape[1]):
-            for chunk in ids.split(8192, dim=1):
-                model(chunk, past_key_values=cache)
-    """
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise ValueError(f"tokens must be a positive int, got {tokens!r}")
-    token = prompt_tokens.set(tokens)
-    try:
-        yield
-    finally:
-        prompt_tokens.reset(token)
-
-
 def _wrap_generate(model: PreTrainedModel, state: dict[str, Any]) -> None:
     own = model.__dict__.get("generate")
     if hasattr(model, "generate") and not _is_ours(own):
@@ -192,16 +179,20 @@ def _wrap_generate(model: PreTrainedModel, state: dict[str, Any]) -> None:
 def _generate(model: Any, own: Callable | None, /, *args: Any, **kwargs: Any) -> Any:
     """``generate`` of the model, or of its class, which lets the masks know how long the prompt is."""
     call = functools.partial(type(model).generate, model) if own is None else own
-    if getattr(model.config, "is_encoder_decoder", False):  # only the decoder's prompt has budgets
-        candidates: list[Any] = [kwargs.get("decoder_inputs_embeds"), kwargs.get("decoder_input_ids")]
-    else:
-        inputs = args[0] if args else kwargs.get("inputs")
-        candidates = [kwargs.get("inputs_embeds"), kwargs.get("input_ids"), inputs]
-    for given in candidates:
-        if isinstance(given, Tensor) and given.dim() >= 2 and given.shape[1] > 0:
-            with prompt_length(given.shape[1]):
-                return call(*args, **kwargs)
-    return call(*args, **kwargs)
+    tokens = tokens_of(model, args, kwargs)
+    if tokens == 0:
+        return call(*args, **kwargs)
+    with reading(Prompt(tokens, model.config.get_text_config(decoder=True), once=True)):
+        return call(*args, **kwargs)
+
+
+def _registered(selector: Selector) -> str:
+    if selector.name not in selectors.names() or selectors.get(selector.name) is not selector:
+        raise ValueError(
+            f"selector must be a registered one, which a model's config can name, got another {selector.name!r}; "
+            "use what stem_flex.selectors.register returns"
+        )
+    return selector.name
 
 
 def _is_ours(generate: Any) -> bool:
@@ -220,7 +211,7 @@ def _owner(model: PreTrainedModel, text: Any) -> PreTrainedModel:
 
 def _has_interface(model: PreTrainedModel) -> bool:
     return all(
-        module._can_set_attn_implementation() for module in model.modules() if isinstance(module, PreTrainedModel)
+        hf_versions.has_interface(type(module)) for module in model.modules() if isinstance(module, PreTrainedModel)
     )
 
 
