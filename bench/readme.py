@@ -28,6 +28,8 @@ def figures(results: Path = RESULTS) -> str:
     ]
     if (results / "smollm2" / "accuracy.json").exists():
         parts.append(over_models(results))
+    if (path := results / "smollm2" / "reading.json").exists():
+        parts.append(reading(json.loads(path.read_text())))
     return "\n".join(parts) or EMPTY
 
 
@@ -70,6 +72,21 @@ def over_models(results: Path) -> str:
         f"its own chat format. {commands}.\n\n"
         + _table(["selector", *heads], rows)
         + "\n![models](bench/results/models.png)\n"
+    )
+
+
+def reading(result: dict[str, Any]) -> str:
+    """Scores of long-document tasks by selector."""
+    from .reading import table
+
+    where = result["environment"]
+    columns, rows = table(result["rows"])
+    samples = result["rows"][0]["samples"]
+    return (
+        f"Summaries, code completion, few-shot learning and questions on {short(result['length'])} tokens of documents "
+        f"of Python's packages, by {result['model']}: `{where['command']}` on {where['gpu'] or 'a CPU'}, "
+        f"torch {where['torch']}, commit {where['commit']}; {samples} prompts a cell, in brackets what "
+        f"they differ from dense attention's, with the 95 % bootstrap interval.\n\n" + _table(columns, rows)
     )
 
 

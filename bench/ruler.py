@@ -32,7 +32,7 @@ from stem_flex.selectors import get, names
 from . import attend, families, models, report, tasks
 
 FAMILIES = (*families.SINGLE, *families.MULTI, "variable_tracking", "common_words", "frequent_words")
-SHORT_FAMILIES = (*families.FACTS, "fact_numbers", "short_tracking", "top_word")  # of models with a chat format
+SHORT_FAMILIES = (*families.FACTS, *families.HARDER)  # for models with a chat format
 FIRST_SEED = 20_000  # the model's own evaluation took 10,000 and up
 Z95 = 1.959964
 
@@ -100,7 +100,7 @@ def read_corpus(tokenizer: Any, limit_bytes: int = 4_000_000) -> Corpus:
         return tokenizer.encode(text, add_special_tokens=False)
 
     chat = getattr(tokenizer, "chat_template", None) is not None
-    texts = tasks.prose_texts(limit_bytes) if chat else tasks.library_texts(limit_bytes)
+    texts = tasks.prose_texts(min(limit_bytes, 1_000_000)) if chat else tasks.library_texts(limit_bytes)
     tokens = np.array([token for text in texts for token in encode(text)])
     size = max(len(tokenizer), int(tokens.max()) + 1)
     bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
