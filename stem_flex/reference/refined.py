@@ -29,7 +29,7 @@ def magnitude(norms: Tensor, key_size: int, config: StemConfig) -> Tensor:
     size = min(config.stride, key_size)
     parts = list(norms.split(size))
     logs = torch.stack([(part.max() + 1e-6).log() for part in parts])
-    whole = torch.stack([x for x, part in zip(logs, parts, strict=True) if len(part) == size])
+    whole = logs[[len(part) == size for part in parts]]
     if len(whole) < 2:
         return torch.zeros(len(groups), dtype=torch.float64)
     z = ((logs - whole.mean()) / (whole.std() + 1e-6)).clamp(min=0)
@@ -125,7 +125,9 @@ def infllm_keep(
                     if j < first or j > own - local:
                         scores.append(math.inf)
                         continue
-                    over = [m for s, m in zip(starts, mass, strict=True) if s < (j + 1) * block and s + window > j * block]
+                    over = [
+                        m for s, m in zip(starts, mass, strict=True) if s < (j + 1) * block and s + window > j * block
+                    ]
                     worth = max(over).item() if over else 0.0
                     scores.append(worth * math.exp(config.value_weight * bonus[j]))
                 count = max(first + local, decayed(min(own, prompt - 1), prompt, keep, config))

@@ -79,8 +79,8 @@ def dsa_tokens(
     Args:
         q, k, weights: the indexer's, see :func:`lightning_scores`, with R = Lq.
         v: (B, Hkv, Lk, Dv) of the attention; looked at only with a ``value_weight``.
-        config: see :func:`stem_flex.selectors.refine.refine`; None means ``StemConfig.paper()``, whose decay saves at
-            least 15 % of a prompt of 4096 tokens or more (``StemConfig(mu=1.0, value_weight=0.0)`` is plain DSA).
+        config: see :func:`stem_flex.selectors.refine.refine`; None means ``StemConfig.paper()``, whose decay saves
+            15 to 16 % of the tokens of a prompt of 4K to 512K (``StemConfig(mu=1.0, value_weight=0.0)`` is plain DSA).
         keep: DSA's constant budget.
         layout, q_offset, prompt_len, kv_len: as in :func:`~stem_flex.selectors.refine.refine`.
         workspace: bytes for a strip of rows, of which one row at least is taken. Nothing of Lq x Lk is held.

@@ -22,10 +22,8 @@ from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from stem_flex.attention import sparse_prefill
 from stem_flex.config import StemConfig
 from stem_flex.layout import causal
-from stem_flex.mask import assemble
 from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.plumbing.checks import check_config, check_positive, check_qkv
 from stem_flex.plumbing.classes import EMPTY, FULL, PARTIAL
@@ -102,7 +100,11 @@ class TokenBlocks:
         return bits.flatten(-2)[..., : self.some.shape[-1]].bool()
 
     def block_mask(self) -> BlockMask:
-        """A BlockMask (B * Hkv, 1, Lq, Lk) of blocks (128, block) for q and k with each KV head as a batch row.
+        """A BlockMask (B * Hkv, 1, Lq, Lk) of blocks (128, block), for q, k and v that :func:`folded` gives::
+
+            mask = infllm_blocks(q, k, v).block_mask()
+            out = compiled_flex_attention(*(folded(x, k.shape[1]) for x in (q, k, v)), mask, enable_gqa=True)
+            out = out.view(q.shape[0], q.shape[1], *out.shape[2:])
 
         A block is full where all its queries chose it and see all of it, partial where some did: there the mask_mod
         reads each query's bit. Every head of a GQA group shares the row, so tables are
@@ -113,8 +115,10 @@ class TokenBlocks:
         kept = some & (classes != EMPTY)
         classes = torch.where(whole & (classes == FULL), FULL, PARTIAL).to(torch.int8)
         most = -(-kept.shape[-1] // 4) * 4
-        mask = assemble(compact(kept, classes, 2 * most, most), self.bound)
-        mask.mask_mod = _bit_mod(self.words.flatten(0, 1), self.bound)
+        mask_mod = _bit_mod(self.words.flatten(0, 1), self.bound)
+        tables = compact(kept, classes, 2 * most, most)
+        mask = tables.block_mask(mask_mod, self.bound.seq_lengths, self.bound.block_size)
+        mask.structure = self.bound  # type: ignore[attr-defined]
         return mask
 
 
@@ -184,14 +188,9 @@ def infllm_blocks(
     return TokenBlocks(words, some, every, kept, _mask_layout(q, k, q_offset, kv_len, sizes), sizes)
 
 
-def infllm_attention(q: Tensor, k: Tensor, v: Tensor, chosen: TokenBlocks, *, scale: float | None = None) -> Tensor:
-    """Attention of every query to the keys of its blocks, by compiled flex_attention: (B, Hq, Lq, Dv)."""
-    check_qkv(q, k, v)
-    kv_heads = k.shape[1]
-    folded = [rearrange(x, "b (h g) n d -> (b h) g n d", h=kv_heads) for x in (q, k, v)]
-    out = sparse_prefill(*folded, chosen.block_mask(), scale=scale)
-    assert isinstance(out, Tensor)
-    return rearrange(out, "(b h) g n d -> b (h g) n d", h=kv_heads)
+def folded(x: Tensor, kv_heads: int) -> Tensor:
+    """q, k or v (B, H, L, D) as the block mask has them, each KV head a batch row: (B * Hkv, H / Hkv, L, D)."""
+    return rearrange(x, "b (h g) n d -> (b h) g n d", h=kv_heads)
 
 
 def compressed_keys(k: Tensor, sizes: InfLLM) -> Tensor:

@@ -169,8 +169,8 @@ def decayed_budget(position: Tensor, prompt: Tensor, config: StemConfig, *, keep
     """Keys kept by the row at ``position`` of a prompt of ``prompt`` keys, elementwise; at least 1.
 
     With ``config.schedule="paper"`` ceil(keep - keep (1 - mu) position / prompt): the decay begins with the first
-    row, as in the paper, and saves (1 - mu) / 2 or more of a prompt of at least ``2 keep`` keys (:func:`saved`). Any
-    other schedule stands for the operator's: rows below ``keep`` have it all, and the decay goes from there to the end
+    row, as in the paper. Of n >= 2 keep keys, with r = keep / n, it saves (1 - mu) (1 - r^2) / (2 - r), at least
+    (1 - mu) / 2 of all, but for half a key a row that is rounded up (:func:`saved` counts). Any other schedule stands for the operator's: rows below ``keep`` have it all, and the decay goes from there to the end
     (:func:`stem_flex.tpd_budget` with ``schedule="fixed"``).
 
     Args:
