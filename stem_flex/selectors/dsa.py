@@ -11,6 +11,7 @@ decay along the prompt (:mod:`.refine`).
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -99,20 +100,18 @@ def dsa_tokens(
         raise ValueError(f"v must be (B, Hkv, Lk, Dv) of k's {tuple(k.shape[:2])} (B, Lk), got {tuple(v.shape)}")
     batch, _, queries, _ = q.shape
     keys = k.shape[1]
-    given = dict(prompt_len=prompt_len, kv_len=kv_len)
+    bind = functools.partial(bind_rows, q[:, :1], v, layout, size=(1, 1), prompt_len=prompt_len, kv_len=kv_len)
     magnitude = None
     if config.value_weight:
-        whole = bind_rows(q[:, :1], v, layout, rows=1, size=(1, 1), q_offset=q_offset, **given)
-        magnitude = key_magnitude(v, config, whole, heads=1)
+        magnitude = key_magnitude(v, config, bind(rows=1, q_offset=q_offset), heads=1)
     width = min(keep, keys)
     indices = torch.empty(batch, queries, width, dtype=torch.int32, device=q.device)
     rows = max(1, workspace // (_BYTES_OF_PAIR * batch * keys))
     for first in range(0, queries, rows):
         strip = slice(first, min(first + rows, queries))
         scores = lightning_scores(q[:, :, strip], k, weights[:, strip])[:, None]
-        refined = refine(
-            scores, v, config, keep=keep, layout=layout, q_offset=q_offset + first, magnitude=magnitude, **given
-        )
+        bound = bind(rows=scores.shape[2], q_offset=q_offset + first)
+        refined = refine(scores, v, config, keep=keep, layout=bound, magnitude=magnitude)
         indices[:, strip] = listed(refined.keep(width)[:, 0], width)
     return Tokens(indices, (indices >= 0).sum(-1, dtype=torch.int32))
 

@@ -14,6 +14,7 @@ BlockMask computes the union over 128 queries, with a mask_mod that looks the bi
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -162,11 +163,11 @@ def infllm_blocks(
     check_positive("workspace", workspace)
     batch, kv_heads, queries = q.shape[0], k.shape[1], q.shape[2]
     blocks = -(-k.shape[2] // sizes.block)
-    given = dict(layout=None, prompt_len=prompt_len, kv_len=kv_len, size=(1, sizes.block))
+    bind = functools.partial(bind_rows, k, v, None, size=(1, sizes.block), prompt_len=prompt_len, kv_len=kv_len)
     means = compressed_keys(k, sizes)
     magnitude = None
     if config.value_weight:
-        magnitude = key_magnitude(v, config, bind_rows(k, v, rows=1, q_offset=q_offset, **given), heads=kv_heads)
+        magnitude = key_magnitude(v, config, bind(rows=1, q_offset=q_offset), heads=kv_heads)
     words = torch.zeros(batch, kv_heads, queries, -(-blocks // _WORD), dtype=torch.int32, device=q.device)
     kept = torch.empty(batch, kv_heads, queries, dtype=torch.int32, device=q.device)
     some = torch.empty(batch, kv_heads, -(-queries // QUERIES), blocks, dtype=torch.bool, device=q.device)
@@ -176,7 +177,7 @@ def infllm_blocks(
     for first in range(0, queries, rows):
         strip = slice(first, min(first + rows, queries))
         scores = block_attention(q[:, :, strip], means, blocks, sizes, q_offset=q_offset + first, scale=scale)
-        bound = bind_rows(scores, v, rows=scores.shape[2], q_offset=q_offset + first, **given)
+        bound = bind(rows=scores.shape[2], q_offset=q_offset + first)
         refined = refine(
             scores, v, config, keep=sizes.keep, size=bound.block_size, layout=bound, unit="mass", magnitude=magnitude
         )

@@ -8,6 +8,7 @@ number of keys for every query. Stem's two ideas apply to any such scores (arXiv
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import NamedTuple
@@ -101,10 +102,13 @@ def refine(
     """
     config = check_config(config)
     _check(scores, v, keep, size, unit)
-    bound = layout
-    if not isinstance(bound, BoundLayout):
-        lengths = dict(q_offset=q_offset, prompt_len=prompt_len, kv_len=kv_len)
-        bound = bind_rows(scores, v, layout, rows=scores.shape[2], size=size, **lengths)
+    if isinstance(layout, BoundLayout):
+        bound = layout
+    else:
+        rows = scores.shape[2]
+        bound = bind_rows(
+            scores, v, layout, rows=rows, size=size, q_offset=q_offset, prompt_len=prompt_len, kv_len=kv_len
+        )
     if bound.q_blocks != scores.shape[2] or bound.block_size != tuple(size):
         raise ValueError(
             f"layout must be bound to the {scores.shape[2]} rows of scores and size {size}, got {bound.q_blocks} of "
@@ -113,9 +117,8 @@ def refine(
     counts = decayed_budget(bound.position, bound.prompt_blocks, config, keep=keep)[:, None]
     scores = scores.detach() if scores.dtype == torch.float64 else scores.detach().float()
     if config.value_weight:
-        if magnitude is None:
-            magnitude = key_magnitude(v, config, bound, heads=scores.shape[1])
-        bonus = config.value_weight * magnitude[:, :, None].to(scores.dtype)
+        given = key_magnitude(v, config, bound, heads=scores.shape[1]) if magnitude is None else magnitude
+        bonus = config.value_weight * given[:, :, None].to(scores.dtype)
         scores = scores + bonus if unit == "logit" else scores * bonus.exp()
     allowed = bound.allowed()
     return Refined(scores.masked_fill(~allowed, -math.inf), counts, allowed)
@@ -143,14 +146,16 @@ def bind_rows(
     if not isinstance(layout, Layout):
         raise TypeError(f"layout must come from stem_flex.layout or be None, got {type(layout).__name__}")
     sizes = scores.shape[0], scores.shape[1], rows * size[0], v.shape[2]
-    given = dict(q_offset=q_offset, kv_len=kv_len, block_size=size, device=scores.device)
-    bound = layout.bind(*sizes, prompt_len=prompt_len, **given)
+    bind = functools.partial(
+        layout.bind, *sizes, q_offset=q_offset, kv_len=kv_len, block_size=size, device=scores.device
+    )
+    bound = bind(prompt_len=prompt_len)
     if bound.classes is not None:
         raise ValueError("layout must give each query one interval of keys, got a mask of its own; use a built-in one")
     documents = any(part.document_spans() is not None for part in layout.parts())
     if prompt_len is None and not documents:  # strips and chunks alike follow all the keys there are
-        tokens = v.shape[2] if bound.key_start is None else bound.key_end - bound.key_start
-        bound = layout.bind(*sizes, prompt_len=tokens, **given)
+        start, end = bound.key_start, bound.key_end
+        bound = bind(prompt_len=v.shape[2] if start is None or end is None else end - start)
     return bound
 
 
@@ -169,8 +174,9 @@ def decayed_budget(position: Tensor, prompt: Tensor, config: StemConfig, *, keep
     """Keys kept by the row at ``position`` of a prompt of ``prompt`` keys, elementwise; at least 1.
 
     With ``config.schedule="paper"`` ceil(keep - keep (1 - mu) position / prompt): the decay begins with the first
-    row, as in the paper. Of n >= 2 keep keys, with r = keep / n, it saves (1 - mu) (1 - r^2) / (2 - r), at least
-    (1 - mu) / 2 of all, but for half a key a row that is rounded up (:func:`saved` counts). Any other schedule stands for the operator's: rows below ``keep`` have it all, and the decay goes from there to the end
+    row, as in the paper. Of n >= 2 keep keys, with r = keep / n, it saves at least (1 - mu) (1 - r^2) / (2 - r) of all,
+    which is (1 - mu) / 2 or more, but for the half key a row that rounding up keeps (:func:`saved` counts). Any other
+    schedule stands for the operator's: rows below ``keep`` have it all, and the decay goes from there to the end
     (:func:`stem_flex.tpd_budget` with ``schedule="fixed"``).
 
     Args:
