@@ -182,7 +182,8 @@ on unseen text, nats a token.
     columns, table = main_cells(result)
     text += _table(columns, table)
     text += _rule_text(result) + _family_text(result)
-    text += "\n## Selectors\n" + _table(["name", "looks at"], [[n, get(n).note] for n in names()])
+    shown = [name for name in _cells(result)[2] if name in names()]
+    text += "\n## Selectors\n" + _table(["name", "looks at"], [[name, get(name).note] for name in shown])
     for title, key in (("Ablations", "ablations"), ("Other lengths", "lengths")):
         if result[key]:
             keys = ("option", "value") if key == "ablations" else ("length", "selector")

@@ -263,7 +263,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--families", type=lambda text: text.split(","), help="default: those that suit the model")
     parser.add_argument("--samples", type=int, default=32, help="prompts of a family and length")
     parser.add_argument("--text", type=int, default=4, help="windows of held-out text")
-    parser.add_argument("--selector", default="dense", choices=("dense", *names()))
+    parser.add_argument("--selector", default="dense", choices=names())
     attend.add_budget(parser)
     parser.add_argument("--protocol", default="prompt", choices=("prompt", "all"))
     parser.add_argument("--dense-layers", type=int, nargs="*", default=[], help="layers that stay dense")
