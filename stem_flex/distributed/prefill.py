@@ -137,7 +137,7 @@ def context_prefill(
 
 def _prepare(rank: int, q: Tensor, k: Tensor, v: Tensor, config: StemConfig, options: _Options) -> _Prepared:
     split, keys, layout = options.split, options.key_split, options.layout
-    selector = resolve(options.selector)
+    selector = resolve(options.selector, config)
     config = selector.configured(config)
     blocks = (config.query_block, config.key_block)
     check_scale(options.scale)

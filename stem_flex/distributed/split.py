@@ -132,10 +132,11 @@ def balanced(
     Raises:
         TypeError, ValueError: as :func:`zigzag`, and wrong options by name.
     """
-    selector = resolve(selector)
-    config = selector.configured(check_config(config))
+    config = check_config(config)
+    selector = resolve(selector, config)
+    config = selector.configured(config)
     blocks = _blocks(tokens, world, config.query_block)
-    rule = rule_of(selector.budget if budget is None else budget)
+    rule = rule_of(selector.budget if budget is None else budget, config)
     kept = _kept(tokens, config, causal() if layout is None else layout, rule, q_offset, prompt_len)
     if kept is None:
         return zigzag(tokens, world, config.query_block)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import runpy
 import time
 from contextlib import contextmanager
@@ -180,6 +182,28 @@ def check_lse(rank: int, world: int) -> None:
         prefill.choose = before
     _, exact = reference.stem_attention(q, k, v, SMALL, return_lse=True)
     torch.testing.assert_close(lse, split.shard(exact, rank).float())
+
+
+def check_the_benchmark(rank: int, world: int) -> None:
+    from bench import distributed as bench
+
+    out = Path(os.environ["RANKS_FOLDER"]) / "bench"
+    before, attention.sparse_prefill = attention.sparse_prefill, Seen()
+    try:
+        with exactly(Seen()):
+            rows = bench.main(
+                "--no-cuda --tensor 128 --context 520 --heads 4 --kv-heads 4 --dim 8 --dtype fp32 --repeats 1 "
+                f"--seconds 0 --out {out}".split()
+            )
+    finally:
+        attention.sparse_prefill = before
+    assert not [row["error"] for row in rows if "error" in row]
+    assert [row["mode"] for row in rows] == ["tensor", "context"]
+    assert rows[1]["parallel"]["rows_with_other_blocks"] == 0
+    assert sum(rows[1]["parallel"]["rows"]) == 520
+    if rank == 0:
+        told = json.loads((out / "distributed.json").read_text())["a_rank_fails"]["errors"]
+        assert all("q must have the 4096 rows that rank 3 holds of 16384, got 4095" in text for text in told)
 
 
 # -- DTensors -------------------------------------------------------------------------------------------------------
