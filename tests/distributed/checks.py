@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from stem_flex import StemConfig, attention, layout, reference, selectors, stem_attention, stem_block_mask
 from stem_flex.budget import Blocks, Budget
-from stem_flex.distributed import Split, balanced, context_prefill, prefill, unshard, zigzag
+from stem_flex.distributed import Split, agreement, balanced, context_prefill, prefill, unshard, zigzag
 from stem_flex.plumbing.classes import FULL, PARTIAL
 from stem_flex.plumbing.tables import block_classes
 
@@ -338,6 +338,15 @@ def check_a_rank_that_does_not_come_is_named(rank: int, world: int) -> None:
             context_prefill(*own, SMALL, split=split, timeout=1)
     dist.barrier()
     same(*qkv(L=200), SMALL, split)
+
+
+def check_words_of_a_group_that_is_gone_are_not_read(rank: int, world: int) -> None:
+    split = zigzag(200, world, 16)
+    before = agreement.Meeting.of(dist.group.WORLD)
+    agreement._meetings.clear()  # as for a new group of the same name in the same store
+    dist.barrier()
+    same(*qkv(L=200), SMALL, split)
+    assert agreement.Meeting.of(dist.group.WORLD).turn < before.turn
 
 
 def check_what_every_rank_gets_wrong(rank: int, world: int) -> None:
