@@ -11,11 +11,16 @@ import pytest
 import torch
 
 pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: .ci/vllm makes one")
-pytestmark = pytest.mark.timeout(500)
+pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-STEM = {"config": {"schedule": "fixed", "k_start": 0.25, "block_size": 64}, "min_tokens": 256, "dense_layers": [0]}
-AT_ONCE, SECONDS = 50, 120
+# two sparse layers of eight: on a CPU, choosing blocks is most of the work
+STEM = {
+    "config": {"schedule": "fixed", "k_start": 0.25, "block_size": 64},
+    "min_tokens": 256,
+    "dense_layers": [0, 1, 2, 4, 5, 6],
+}
+AT_ONCE, SECONDS = 50, 200
 
 
 @pytest.fixture(scope="module")
