@@ -27,6 +27,7 @@ does not; use :func:`apply`, which refuses all of them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -120,7 +121,13 @@ def apply(
     text = model.config.get_text_config(decoder=True)
     refuse_own_selection(text)
     refuse_undivided_heads(text, getattr(model, "tp_size", None))
-    return _switched(model, text, StemConfig() if config is None else config, dense_layers, min_tokens, name)
+    settings = Settings(
+        config=StemConfig() if config is None else config,
+        min_tokens=min_tokens,
+        selector=_registered(selector) if isinstance(selector, Selector) else selector,
+        budget=budget,
+    )
+    return _switched(model, text, settings, dense_layers, name)
 
 
 def refine_dsa(
@@ -159,9 +166,11 @@ def refine_dsa(
         raise NotImplementedError(f"model must be a {DSA_MODEL!r}, got {text.model_type!r}; hf.apply serves others")
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise NotImplementedError(f"refine_dsa does not serve tensor parallelism, got {model.tp_size} ranks")
-    if min_tokens is None:
-        min_tokens = 2 * text.index_topk
-    _switched(model, text, StemConfig.paper() if config is None else config, plain_layers, min_tokens, DSA_NAME)
+    settings = Settings(
+        config=StemConfig.paper() if config is None else config,
+        min_tokens=2 * text.index_topk if min_tokens is None else min_tokens,
+    )
+    _switched(model, text, settings, plain_layers, DSA_NAME)
     wrap_indexers(model)
     return model
 
@@ -169,9 +178,8 @@ def refine_dsa(
 def _switched(
     model: PreTrainedModel,
     text: Any,
-    config: StemConfig,
+    settings: Settings,
     dense_layers: Iterable[int] | Callable[[int], bool],
-    min_tokens: int,
     name: str,
 ) -> PreTrainedModel:
     """The model with attention ``name``, its settings noted on its text config and layers."""
@@ -183,14 +191,8 @@ def _switched(
     before = state["implementation"]
     layers = _attention_layers(owner, text)
     dense = _dense(dense_layers, [module.layer_idx for module in layers])
-    settings = Settings(
-        config=config,
-        dense_layers=dense,
-        min_tokens=min_tokens,
-        fallback=before if before in FALLBACKS else "sdpa",
-        selector=_registered(selector) if isinstance(selector, Selector) else selector,
-        budget=budget,
-    )
+    fallback = before if before in FALLBACKS else "sdpa"
+    settings = dataclasses.replace(settings, dense_layers=dense, fallback=fallback)
     owner.set_attn_implementation({"": name})
     if hf_versions.implementation(text) != name:
         raise RuntimeError(f"{type(owner).__name__} kept its attention; transformers refused {name!r}")

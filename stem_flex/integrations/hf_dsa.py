@@ -73,7 +73,9 @@ def wrap_indexers(model: torch.nn.Module) -> None:
     for module in model.modules():
         indexer = getattr(module, "indexer", None)
         if isinstance(indexer, torch.nn.Module) and "forward" not in indexer.__dict__:
-            indexer.forward = functools.partial(_indexer_forward, indexer)  # unlike a bound method, it is pickled
+            indexer.__dict__["forward"] = functools.partial(
+                _indexer_forward, indexer
+            )  # unlike a bound method, it is pickled
 
 
 def unwrap_indexers(model: torch.nn.Module) -> None:
@@ -180,9 +182,9 @@ def _prefill(
             "or train with model.set_attn_implementation('sdpa')"
         )
     mask.check(query, key)
-    mask = mask.to(query.device)
-    key, value = key[:, :, : mask.used_keys], value[:, :, : mask.used_keys]
-    tokens = _chosen(module, value, mask, indexer)
+    here: Any = mask.to(query.device)
+    key, value = key[:, :, : here.used_keys], value[:, :, : here.used_keys]
+    tokens = _chosen(module, value, here, indexer)
     record(module, "tokens", query, key)
     out = token_attention(query, key, value, tokens.indices, scale=scaling)
     return out.transpose(1, 2).contiguous()
