@@ -111,8 +111,8 @@ Model: `{info.get("model")}`, prompts of {short(info.get("length", 0))} tokens, 
 
 density: computed part of the causal block pairs of the text, over all layers and heads. mass: attention mass on
 computed blocks, error: relative error of the attention output, both on dense activations, means over layers and
-heads. prompt, all: share of prompts whose answer is exactly right with 95 % Wilson interval; the answer's rows are dense, or sparse too.
-text: added loss on unseen text, nats a token.
+heads. prompt, all: share of prompts whose answer is exactly right with 95 % Wilson interval; the answer's rows are
+dense, or sparse too. text: added loss on unseen text, nats a token.
 
 ## Native settings
 
