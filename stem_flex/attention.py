@@ -23,9 +23,11 @@ from stem_flex.plumbing.captured import captured_values, code_of
 from stem_flex.plumbing.checks import check_block_mask, check_config, check_mod, check_qkv, check_scale
 from stem_flex.plumbing.compiled import compiled
 from stem_flex.plumbing.dense import dense_causal
+from stem_flex.plumbing.sharded import by_heads
 from stem_flex.selectors import Selector
 
 
+@by_heads
 def stem_attention(
     q: Tensor,
     k: Tensor,
@@ -48,8 +50,8 @@ def stem_attention(
 
     Args:
         q, k, v, config, layout, q_offset, prompt_len, kv_len, selector, budget: see
-            :func:`stem_flex.stem_block_mask`. Values past ``kv_len`` or in padding must be finite: flex_attention
-            multiplies them by zero.
+            :func:`stem_flex.stem_block_mask`; DTensors spread by heads give one placed as they are. Values past
+            ``kv_len`` or in padding must be finite: flex_attention multiplies them by zero.
         scale: of the logits, None is 1 / sqrt(D). The choice of blocks does not depend on it.
         score_mod: flex_attention's, applied to kept pairs. Each float that it or a mask_mod reads, with "flash" each
             number, is compiled in: pass what changes in tensors.

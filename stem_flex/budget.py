@@ -168,17 +168,19 @@ class Mass(Budget):
 
     def counts(self, bound, config, batch, heads, scores=None):
         assert scores is not None
-        kept = self._kept(scores, self._decayed(bound, config))
+        levels = self.levels(bound, config)
+        kept = self._kept(scores, self.threshold if levels is None else levels[..., None])
         return kept.clamp(min=self.floor, max=bound.k_blocks if self.cap is None else self.cap)
 
     def most(self, bound, config):
         return bound.k_blocks if self.cap is None else min(self.cap, bound.k_blocks)
 
-    def _decayed(self, bound: BoundLayout, config: StemConfig) -> float | Tensor:
+    def levels(self, bound: BoundLayout, config: StemConfig) -> Tensor | None:
+        """Threshold of every row, float32 (1 or B, 1, Qb); None where it is one for all."""
         if config.mu == 1:
-            return self.threshold
+            return None
         decay = 1 - (1 - config.mu) * bound.position / bound.prompt_blocks.clamp(min=1)
-        return (self.threshold / decay)[:, None, :, None]
+        return (self.threshold / decay)[:, None].float()
 
     def _kept(self, scores: Tensor, threshold: float | Tensor) -> Tensor:
         return (scores > threshold).sum(-1, dtype=torch.int32)

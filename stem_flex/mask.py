@@ -16,12 +16,14 @@ from stem_flex.plumbing.checks import check_config, check_qkv
 from stem_flex.plumbing.implementation import resolve
 from stem_flex.plumbing.mods import MaskModFn, of_blocks
 from stem_flex.plumbing.recipes import with_recipe
+from stem_flex.plumbing.sharded import by_heads
 from stem_flex.plumbing.tables import BlockTables, block_classes, compact, table_shape
 from stem_flex.score import bind_to
 from stem_flex.select import select_blocks
 from stem_flex.selectors import Selector
 
 
+@by_heads
 def stem_block_mask(
     q: Tensor,
     k: Tensor,
@@ -48,7 +50,7 @@ def stem_block_mask(
     Args:
         q: (B, Hq, Lq, D), float16, bfloat16 or float32, any strides with a unit last one.
         k: (B, Hkv, Lk, D), the same dtype and device; Hq is a multiple of Hkv.
-        v: (B, Hkv, Lk, Dv).
+        v: (B, Hkv, Lk, Dv). DTensors spread by heads, ``Shard(1)``, give the mask of the rank's own heads.
         config: None means ``StemConfig()``.
         layout: structure of the mask (:mod:`stem_flex.layout`), None is causal; a bound one brings its offset and
             lengths with it.
@@ -139,8 +141,10 @@ def _chosen(
 ) -> BlockTables:
     """Score, then select. A selector's ``fused`` is the Triton backend of the pair, which holds no score matrix."""
     rule = rule_of(selector.budget if budget is None else budget, config)
-    if impl == "triton" and selector.fused is not None and not rule.needs_scores:
-        return selector.fused(q, k, v, bound, config, rule)
+    if impl == "triton" and selector.fused is not None:
+        tables = selector.fused(q, k, v, bound, config, rule)
+        if tables is not None:
+            return tables
     given = {"impl": impl} if selector.has_kernels else {}
     scores = selector.scores(q, k, v, config, layout=bound, **given)
     return select_blocks(scores, bound, config, budget=rule, impl=impl)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from stem_flex.attention import explain, sparse_prefill
-from stem_flex.integrations.hf_fallback import fallback_attention
+from stem_flex.integrations.hf_fallback import attends_causally, fallback_attention
 from stem_flex.integrations.hf_masks import StemMask
 from stem_flex.integrations.hf_settings import is_prefill, raw_settings, read_settings
 from stem_flex.integrations.hf_trace import record
@@ -96,6 +96,12 @@ def _prefill(
             raise ValueError(
                 f"stem_flex does not serve attention with {name}; use model.set_attn_implementation('sdpa' or 'eager')"
             )
+    if not attends_causally(module, kwargs, default=True):
+        raise NotImplementedError(
+            f"{type(module).__name__} has is_causal=False, but the mask that its model made is not bidirectional, and "
+            "attention implementations disagree on which of them counts; for bidirectional attention set "
+            "model.config.is_causal = False, else leave is_causal of attention modules as it was"
+        )
     mask.check(query, key)
     out = _chosen_path(module, *cast_as_sdpa(query, key, value), mask.to(query.device), scaling, kwargs)
     inputs = [x for x in (query, key, value, kwargs.get("s_aux")) if x is not None]
@@ -141,7 +147,8 @@ def _dense_kernel(q: Tensor, k: Tensor, v: Tensor, mask: StemMask, stem: bool) -
         return "flash-attn-4" if flash_refusal(q, v, (128, 128), False) is None else "cudnn"
     if mask.settings.min_tokens == 0 or mask.prompt_len is not None:
         return None
-    decision = explain(q, k, v, mask.settings.config)
+    settings = mask.settings
+    decision = explain(q, k, v, settings.config, selector=settings.selector, budget=settings.budget)
     return decision.backend if decision.dense else None
 
 
@@ -164,6 +171,8 @@ def _selected(query: Tensor, key: Tensor, value: Tensor, mask: StemMask) -> Bloc
         q_offset=mask.query_offset,
         prompt_len=mask.prompt_len,
         kv_len=mask.kv_len,
+        selector=mask.settings.selector,
+        budget=mask.settings.budget,
     )
 
 
@@ -254,9 +263,7 @@ _warned: set[str] = set()
 
 def _warn_dense_prefill(module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
     """A ready-made mask tensor cannot be read as block lists: say once that this prefill is dense."""
-    is_causal = kwargs.get("is_causal")
-    is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    if not is_causal or query.shape[2] == 1:
+    if not attends_causally(module, kwargs, default=False) or query.shape[2] == 1:
         return
     config = getattr(module, "config", None)
     read_settings(config)  # a model that brings its own mask has had no mask function to check them

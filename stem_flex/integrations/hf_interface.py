@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from stem_flex.integrations import hf_versions
+
 
 def no_interface(name: str) -> str:
     """What to say of a model class without the interface."""
@@ -45,6 +47,35 @@ def models_of(modeling: str) -> list[type[PreTrainedModel]]:
 def _first_without_interface(modeling: str) -> str | None:
     """The first model class of a module none of whose model classes has the interface."""
     models = models_of(modeling)
-    if not models or any(model._can_set_attn_implementation() for model in models):
+    if not models or any(hf_versions.has_interface(model) for model in models):
         return None
     return models[0].__name__
+
+
+# What a projection's output features are made of, by the names that transformers' models give it.
+_HEADS_OF = {
+    **dict.fromkeys(("q_proj", "q_b_proj", "kv_b_proj"), ("num_attention_heads",)),
+    **dict.fromkeys(("k_proj", "v_proj"), ("num_key_value_heads",)),
+    **dict.fromkeys(("qkv_proj", "query_key_value"), ("num_attention_heads", "num_key_value_heads")),
+}
+
+
+def refuse_undivided_heads(config: Any, ranks: int | None = None) -> None:
+    """Raise where transformers' tensor parallel plan would cut through heads: those are each one rank's.
+
+    Args:
+        config: a text config. ranks: of the plan; None: as the config tells, where it does.
+    """
+    if ranks is None:
+        ranks = getattr(getattr(config, "distributed_config", None), "tp_size", None)
+    if not isinstance(ranks, int) or ranks < 2:
+        return
+    plan = getattr(config, "base_model_tp_plan", None) or {}
+    spread = [key.rpartition(".")[2] for key, style in plan.items() if style == "colwise"]
+    for name in dict.fromkeys(name for projection in spread for name in _HEADS_OF.get(projection, ())):
+        heads = getattr(config, name, None)
+        if isinstance(heads, int) and heads % ranks:
+            raise ValueError(
+                f"{name} must be a multiple of the tensor parallel ranks, {ranks}, got {heads}: stem_flex needs whole "
+                f"heads on each rank; start as many processes as divide {heads}"
+            )

@@ -27,7 +27,10 @@ def check(q: Tensor, k: Tensor, rows: Tensor, block_q: int, block_k: int, sketch
         raise ValueError(f"blocks must be at most {MOST_BLOCK} tokens, got ({block_q}, {block_k}); "
                          "use smaller ones or impl='torch'")  # fmt: skip
     q_outliers, q_means, k_outliers, k_means = sketch
-    for name, block, outliers, means in (("query", block_q, q_outliers, q_means), ("key", block_k, k_outliers, k_means)):
+    for name, block, outliers, means in (
+        ("query", block_q, q_outliers, q_means),
+        ("key", block_k, k_outliers, k_means),
+    ):
         if not 0 <= outliers <= block or means < 1 or means & (means - 1) or block % means:
             raise ValueError(f"sketch must have 0 to {block} {name} outliers and a power of two of {name} means that "
                              f"divides the block, got {outliers} and {means}")  # fmt: skip

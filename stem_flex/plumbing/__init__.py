@@ -2,6 +2,7 @@
 
 ===============  ==============================================================================================
 `checks`         what every public function takes
+`sharded`        DTensors: each rank's own heads
 `implementation` Triton or PyTorch, by an explicit name
 `geometry`       sizes, offsets and lengths that a layout is bound to
 `structure`      what a layout tells the binding

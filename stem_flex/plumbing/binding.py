@@ -117,6 +117,17 @@ class BoundLayout(Picklable):
             return self.spans
         return _token_spans(self.layout.parts(), self.geometry, None)  # plain causal: nothing that could change
 
+    def prompts(self) -> tuple[Tensor, Tensor]:
+        """Keys [start, end) of the prompt that each row's first real query belongs to, int32 (1 or B, Qb) each."""
+        geometry = self.geometry
+        valid = _intersection([part.valid(geometry) for part in self.layout.parts()])
+        real = rearrange(_real_queries(geometry, valid), "b (i q) -> b i q", q=geometry.q_block)
+        by_block = [
+            rearrange(x, "b (i q) -> b i q", q=geometry.q_block) for x in _prompt(self.layout.parts(), geometry)
+        ]
+        start, end = (_first_real(x, real) for x in torch.broadcast_tensors(*by_block))
+        return start, end
+
     def allowed(self) -> Tensor:
         """Which pairs of blocks are allowed, bool (1 or B, 1 or H, Qb, Kb): for small sizes and tests."""
         return self.dense_classes() != EMPTY

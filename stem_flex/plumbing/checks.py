@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from stem_flex.config import StemConfig
+from stem_flex.plumbing.sharded import is_dtensor
 
 _MODS = {"mask_mod": "b, h, q_idx, kv_idx", "score_mod": "score, b, h, q_idx, kv_idx"}
 
@@ -22,6 +23,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.is_nested or x.layout is not torch.strided:
             _refuse_layout(name, x)
+        if is_dtensor(x):
+            raise TypeError(
+                f"{name} must be a plain tensor here, got a DTensor; stem_attention takes them, or .to_local()"
+            )
         if x.dim() != 4:
             raise ValueError(f"{name} must have shape (B, H, L, D), got {tuple(x.shape)}")
         if x.dtype not in _DTYPES:

@@ -20,19 +20,19 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
+from stem_flex.budget import Budget, Mass
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
 from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.plumbing.checks import check_config, check_qkv
 from stem_flex.plumbing.classes import EMPTY
 from stem_flex.plumbing.implementation import resolve
+from stem_flex.plumbing.tables import BlockTables
 from stem_flex.score import bind_to
+from stem_flex.select import shape_of
 
 Sketch = tuple[int, int, int, int]
 """Query outliers, query means, key outliers, key means of a block."""
-
-SKETCH: Sketch = (16, 8, 4, 8)
-MEANS: Sketch = (0, 16, 0, 16)
 
 _PAIRS_AT_ONCE = 2**25  # pairs of proxies held at a time, 4 bytes each and some copies
 
@@ -71,21 +71,6 @@ def scores(
     return score(q, k, v, bound, config, impl=impl, sketch=sketch)
 
 
-def means_scores(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: StemConfig | None = None,
-    *,
-    layout: Layout | BoundLayout | None = None,
-    q_offset: int | Tensor = 0,
-    kv_len: int | Tensor | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    """:func:`scores` with 16 means of a block on both sides and no outliers."""
-    return scores(q, k, v, config, layout=layout, q_offset=q_offset, kv_len=kv_len, impl=impl, sketch=MEANS)
-
-
 def score(
     q: Tensor,
     k: Tensor,
@@ -108,13 +93,41 @@ def score(
     return torch_scores(q, k, bound, config, sketch)
 
 
+def tables(q: Tensor, k: Tensor, v: Tensor, bound: BoundLayout, config: StemConfig, rule: Budget) -> BlockTables | None:
+    """What :func:`score` and :class:`stem_flex.budget.Mass` choose, by `stem_flex.kernels.sketch_tables`."""
+    if type(rule) is not Mass:
+        return None
+    from stem_flex.kernels.sketch_tables import sketch_tables
+
+    width, partial_columns = shape_of(bound, config, rule)
+    buffer, counts = sketch_tables(
+        q,
+        k,
+        bound.rows,
+        rule.levels(bound, config),
+        *bound.restrictions,
+        threshold=float(rule.threshold),
+        floor=rule.floor,
+        cap=rule.most(bound, config),
+        block_q=config.query_block,
+        block_k=config.key_block,
+        sketch=sketch_of(config),
+        sink=min(config.sink_blocks, bound.k_blocks),
+        local=min(config.local_blocks, bound.k_blocks),
+        partial_columns=partial_columns,
+        width=width,
+        causal_offset=bound.causal_offset,
+    )
+    return BlockTables(buffer, counts, width, partial_columns, bound.k_blocks)
+
+
 def sketch_of(config: StemConfig, sketch: Sketch | None = None) -> Sketch:
     """The sizes to use: ``sketch``, or the config's.
 
     Raises:
         ValueError: the blocks can't be represented so.
     """
-    sketch = tuple(getattr(config, "sketch", SKETCH) if sketch is None else sketch)  # type: ignore[assignment]
+    sketch = tuple(config.sketch if sketch is None else sketch)  # type: ignore[assignment]
     assert sketch is not None
     for name, block, outliers, means in (
         ("query", config.query_block, *sketch[:2]),

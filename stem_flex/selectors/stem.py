@@ -12,8 +12,10 @@ from stem_flex.score import score_options
 from stem_flex.select import shape_of
 
 
-def tables(q: Tensor, k: Tensor, v: Tensor, bound: BoundLayout, config: StemConfig, rule: Budget) -> BlockTables:
+def tables(q: Tensor, k: Tensor, v: Tensor, bound: BoundLayout, config: StemConfig, rule: Budget) -> BlockTables | None:
     """What :func:`stem_flex.oam_scores` and :func:`stem_flex.select.select_blocks` choose, by `stem_flex.kernels`."""
+    if rule.needs_scores:
+        return None
     from stem_flex.kernels.ops import stem_tables
 
     width, partial_columns = shape_of(bound, config, rule)
