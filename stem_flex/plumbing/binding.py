@@ -18,6 +18,7 @@ from stem_flex.plumbing.ambient import without_autocast
 from stem_flex.plumbing.classes import EMPTY, classify
 from stem_flex.plumbing.geometry import LONGEST, Geometry, Spans
 from stem_flex.plumbing.mods import MaskModFn, all_of, causal_mask, inside, interval_mod
+from stem_flex.plumbing.recipes import Picklable
 from stem_flex.plumbing.structure import Structure
 from stem_flex.plumbing.watched import state_of, tell_changes
 
@@ -29,7 +30,7 @@ def _column(index: int) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class BoundLayout:
+class BoundLayout(Picklable):
     """Block-level facts of a layout at given sizes.
 
     Attributes:
