@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from stem_flex.selectors import flashprefill, flexprefill, minference, static, xattention
-from stem_flex.selectors.rules import PREFERRED, Above, Coverage, Relative
+from stem_flex.selectors import (
+    cosa,
+    flashprefill,
+    flexprefill,
+    minference,
+    oracle,
+    prism,
+    proxyattn,
+    spargeattn,
+    static,
+    vecattention,
+    xattention,
+)
+from stem_flex.selectors.rules import PREFERRED, Above, Coverage, Part, Relative
 from stem_flex.selectors.selector import Selector
 
 
@@ -67,4 +80,47 @@ SELECTORS = (
         _forced(2, 4),
         budget=Relative(0.1, full_rows=8),
     ),
+    Selector(
+        "spargeattn",
+        spargeattn.scores,
+        "block means where tokens are alike, 98 % of their softmax, and all blocks that are not",
+        _forced(0, 1),
+        budget=Coverage(0.98, floor=1, crossing=False),
+    ),
+    Selector(
+        "spargeattn-topk",
+        functools.partial(spargeattn.scores, similarity=-0.1),
+        "the same, half of all key blocks",
+        _forced(0, 1),
+        budget=Part(0.5),
+    ),
+    Selector(
+        "cosa",
+        cosa.scores,
+        "antidiagonal peaks, blocks with a row's peak first, 80 % of the mass",
+        _forced(1, 1),
+        budget=Coverage(0.8),
+    ),
+    Selector(
+        "vecattention",
+        vecattention.scores,
+        "keys from 0.1 of the best for the mean query",
+        _forced(1, 1),
+        budget=Relative(0.1),
+    ),
+    Selector(
+        "prism",
+        prism.scores,
+        "block means in bands of fast and slow rotary dimensions, 95 % of each",
+        _forced(1, 1),
+        budget=Above(1 - 0.95),
+    ),
+    Selector(
+        "proxyattn",
+        proxyattn.scores,
+        "4 pooled heads rank blocks by tokens, each head with a budget of its own",
+        _forced(1, 1),
+        budget=Above(PREFERRED),
+    ),
+    Selector("oracle-error", oracle.error_scores, "the true change of the output without the block", {"mu": 1.0}),
 )
