@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from stem_flex.config import StemConfig
-from stem_flex.selectors import Selector, get, names
+from stem_flex.selectors import Selector, get, names, published
 
 from . import accuracy_probe, attend, models, report, ruler, tasks
 
@@ -237,6 +237,12 @@ def _line(section: str, name: str, tags: dict[str, Any], found: dict[str, Any], 
     return f"{section}: {name} {shown}: {', '.join(shares)}, loss {np.mean(found['loss']):.3f}, {seconds:.1f} s"
 
 
+def compared() -> list[str]:
+    """Stem, its parts, the sketch, and what else was registered; the published ones are bench.compare's."""
+    others = {selector.name for selector in published.SELECTORS}
+    return [name for name in names() if name not in others]
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="bench.accuracy", description=(__doc__ or "").split("\n\n")[0])
@@ -248,7 +254,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--main-only", action="store_true", help="only the main table")
     parser.add_argument("--length", type=lambda text: report.parse_lengths(text)[0], default=16384)
     parser.add_argument("--other-lengths", type=report.parse_lengths, default=[4096, 32768])
-    parser.add_argument("--selectors", type=lambda text: text.split(","), default=names())
+    parser.add_argument("--selectors", type=lambda text: text.split(","), default=compared())
     parser.add_argument("--densities", type=lambda text: [float(x) for x in text.split(",")], default=list(DENSITIES))
     parser.add_argument("--families", type=lambda text: text.split(","), help="default: those that suit the model")
     parser.add_argument("--rules", type=lambda text: text.split(","), default=[],

@@ -12,6 +12,7 @@ import numpy as np
 
 from stem_flex.selectors import get, names
 
+from .families import HARDER
 from .plots import COLORS, GRID, INK
 from .report import bootstrap, share, short, show
 from .ruler import wilson
@@ -42,7 +43,7 @@ def pooled(rows: Iterable[Row]) -> Row:
         for row in rows:
             for family, found in row[protocol].items():
                 hits[family] += found
-        everything = "".join(hits.values())
+        everything = "".join(found for family, found in hits.items() if family not in HARDER or len(hits) == 1)
         low, high = wilson(everything.count("1"), len(everything))
         cell[protocol] = {
             "right": everything.count("1"), "samples": len(everything), "low": low, "high": high,
@@ -180,8 +181,9 @@ on unseen text, nats a token.
 """
     columns, table = main_cells(result)
     text += _table(columns, table)
-    text += _rule_text(result)
-    text += "\n## Selectors\n" + _table(["name", "looks at"], [[n, get(n).note] for n in names()])
+    text += _rule_text(result) + _family_text(result)
+    shown = [name for name in _cells(result)[2] if name in names()]
+    text += "\n## Selectors\n" + _table(["name", "looks at"], [[name, get(name).note] for name in shown])
     for title, key in (("Ablations", "ablations"), ("Other lengths", "lengths")):
         if result[key]:
             keys = ("option", "value") if key == "ablations" else ("length", "selector")
@@ -221,6 +223,22 @@ def _rule_text(result: Row) -> str:
         "Added loss and KL divergence from dense, nats a token, mean over windows with 95 % bootstrap intervals.\n\n"
         + _table(columns, rows)
     )
+
+
+def _family_text(result: Row) -> str:
+    """Shares of right answers by family, where the families are not all alike."""
+    cells = [cell for cell in (*result["main"], *result.get("rules", [])) if set(HARDER) & set(cell["all"]["families"])]
+    if not cells:
+        return ""
+    shown = list(cells[0]["all"]["families"])
+    rows = []
+    for cell in cells:
+        for protocol in PROTOCOLS:
+            counts = [cell[protocol]["families"][family] for family in shown]
+            label = cell.get("rule") or f"{cell['density']:.0%}"
+            rows.append([cell["selector"], label, protocol, *(f"{right}/{samples}" for right, samples in counts)])
+    text = f"\n## By family\nAll but {', '.join(HARDER)} make up the shares above.\n\n"
+    return text + _table(["selector", "budget", "protocol", *shown], rows)
 
 
 def _layer_text(result: Row) -> str:

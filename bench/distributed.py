@@ -3,7 +3,7 @@
 Tensor parallel: the heads spread over the cards, each calls ``stem_attention`` on its own. Context parallel: the rows
 spread, by ``stem_flex.distributed.context_prefill``. One card: ``stem_attention`` on everything, on every card at
 once, of which the fastest counts. Times are the slowest rank's, host clocks around a synchronised call. A context
-parallel length is timed only if it is right: one card's block lists, and its outputs within rounding.
+parallel length is timed only if its outputs are one card's within rounding; rows whose block lists are not are counted.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Ranks:
         for _ in range(2):  # the first compiles for this length, the second for any
             call()
         samples: list[list[float]] = []
-        while len(samples) < 3 or (
+        while len(samples) < min(3, self.options.repeats) or (
             len(samples) < self.options.repeats and sum(map(max, samples)) < 1e3 * self.options.seconds
         ):
             self.wait()
@@ -146,7 +146,7 @@ def right(
     found = {"rows_with_other_blocks": differing, "difference_from_one_card": far, "sampled_error": sampled}
     worst = [max(values) for values in zip(*ranks.all([*found.values()]), strict=True)]
     everyone = dict(zip(found, worst, strict=True))
-    if everyone["rows_with_other_blocks"] or not everyone["difference_from_one_card"] <= ranks.options.tolerance:
+    if not max(everyone["difference_from_one_card"], everyone["sampled_error"]) <= ranks.options.tolerance:
         raise AssertionError(f"context parallel is not one card's prefill: {everyone}")
     return everyone
 
@@ -216,16 +216,26 @@ def present(rows: list[dict[str, Any]], header: dict[str, Any], out: Path) -> No
     for row in rows:
         name = [row["mode"], report.short(row["tokens"])]
         if "error" in row:
-            body.append([*name, row["error"], *[""] * 4])
+            body.append([*name, row["error"], *[""] * 5])
             continue
         parallel = row["parallel"]
         share = f"{parallel['share_of_communication']:.1%}" if "share_of_communication" in parallel else "-"
         verdict = {None: "-", True: "holds", False: "FAILS"}[row.get("holds")]
+        rows_off = str(parallel.get("rows_with_other_blocks", "-"))
         times = [f"{row['one_card']['fastest_ms']:.2f}", f"{parallel['ms'].median:.2f}", f"{row['speed_up']:.2f}x"]
-        body.append([*name, *times, share, verdict])
+        body.append([*name, *times, share, rows_off, verdict])
     report.show(
         f"Stem on {header['ranks']} cards against one, {header['environment']['gpu'] or 'CPU'}",
-        ["parallel", "tokens", "one card, ms", "all cards, ms", "times faster", "communication", "required"],
+        [
+            "parallel",
+            "tokens",
+            "one card, ms",
+            "all cards, ms",
+            "times faster",
+            "communication",
+            "other rows",
+            "required",
+        ],
         body,
     )
     print(f"wrote {report.write(out, 'distributed', rows, **header)}")

@@ -295,6 +295,7 @@ SHORT: dict[str, Callable[[random.Random], Task]] = {
 ALL = {**FAMILIES, **SHORT}
 WORD_LISTS = {"common_words": common_words, "frequent_words": frequent_words, "top_word": top_word}
 SINGLE = ("single_number", "single_word", "single_uuid")
+HARDER = ("fact_numbers", "short_tracking", "top_word")  # what a model of 0.1 B parameters need not do well
 FACTS = tuple(f"fact_{kind}" for kind in _KINDS)
 MULTI = ("multi_key", "multi_key_uuid", "multi_value", "multi_query")
 

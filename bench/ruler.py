@@ -32,7 +32,7 @@ from stem_flex.selectors import get, names
 from . import attend, families, models, report, tasks
 
 FAMILIES = (*families.SINGLE, *families.MULTI, "variable_tracking", "common_words", "frequent_words")
-SHORT_FAMILIES = (*families.FACTS, "fact_numbers", "short_tracking", "top_word")  # of models with a chat format
+SHORT_FAMILIES = (*families.FACTS, *families.HARDER)  # for models with a chat format
 FIRST_SEED = 20_000  # the model's own evaluation took 10,000 and up
 Z95 = 1.959964
 
@@ -100,7 +100,7 @@ def read_corpus(tokenizer: Any, limit_bytes: int = 4_000_000) -> Corpus:
         return tokenizer.encode(text, add_special_tokens=False)
 
     chat = getattr(tokenizer, "chat_template", None) is not None
-    texts = tasks.prose_texts(limit_bytes) if chat else tasks.library_texts(limit_bytes)
+    texts = tasks.prose_texts(min(limit_bytes, 1_000_000)) if chat else tasks.library_texts(limit_bytes)
     tokens = np.array([token for text in texts for token in encode(text)])
     size = max(len(tokenizer), int(tokens.max()) + 1)
     bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -263,7 +263,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--families", type=lambda text: text.split(","), help="default: those that suit the model")
     parser.add_argument("--samples", type=int, default=32, help="prompts of a family and length")
     parser.add_argument("--text", type=int, default=4, help="windows of held-out text")
-    parser.add_argument("--selector", default="dense", choices=("dense", *names()))
+    parser.add_argument("--selector", default="dense", choices=names())
     attend.add_budget(parser)
     parser.add_argument("--protocol", default="prompt", choices=("prompt", "all"))
     parser.add_argument("--dense-layers", type=int, nargs="*", default=[], help="layers that stay dense")

@@ -8,6 +8,7 @@ Perplexity on real held-out text has no question: see `text_windows`.
 from __future__ import annotations
 
 import ast
+import importlib.util
 import itertools
 import random
 import sysconfig
@@ -206,10 +207,9 @@ def library_texts(limit_bytes: int = 4_000_000) -> Iterator[str]:
 
 
 def prose_texts(limit_bytes: int = 4_000_000) -> Iterator[str]:
-    """English about Python: the reference manual's topics, and long docstrings of the standard library, in order."""
-    from pydoc_data.topics import topics
-
+    """English about Python: the topics that pydoc has of the reference manual, and the library's long docstrings."""
     total = 0
+    topics = importlib.import_module("pydoc_data.topics").topics if importlib.util.find_spec("pydoc_data") else {}
     manual = (topics[name] for name in sorted(topics))
     documented = (ast.walk(ast.parse(text)) for text in library_texts(10 * limit_bytes))
     kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef

@@ -30,6 +30,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "needle_lm"
 STEM = {"config": {"schedule": "fixed", "k_start": 0.25}, "min_tokens": 2048, "dense_layers": [0, 1]}
+SMALL = ("--max-model-len", "16384", "--dtype", "float32", "--enforce-eager")
 KEY, VALUE = "amber-falcon", "4831907"
 BEGIN = (
     "<|endoftext|>Some special magic numbers are hidden in the following text. You will be asked for the numbers later."
@@ -117,24 +118,27 @@ def measured(address: str) -> dict[str, float]:
     return counts | {"density": counts["computed"] / counts["allowed"]} if counts.get("allowed") else counts
 
 
+def ask(address: str, tokens: int) -> tuple[str, dict[str, float]]:
+    """The answer about a document of about ``tokens`` tokens, and the server's counters after it."""
+    text = (MODEL / "document.txt").read_text(encoding="utf-8")[: 4 * tokens]
+    middle = text.find("\n", len(text) // 2)
+    answer = complete(address, BEGIN + text[:middle] + NEEDLE + text[middle:] + QUESTION, 8)["text"].strip()
+    return answer, measured(address)
+
+
 def main() -> None:
     """What the module says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of a causal language model with tokenizer")
     parser.add_argument("--tokens", type=int, default=6000, help="about how long the prompt is")
     parser.add_argument("--stem", type=json.loads, default=STEM, help="JSON of additional_config['stem_flex']")
-    parser.add_argument("vllm", nargs="*", help="arguments for vLLM, after --")
+    parser.add_argument("vllm", nargs="*", default=SMALL, help="arguments for vLLM, after --")
     options = parser.parse_args()
-    text = (MODEL / "document.txt").read_text(encoding="utf-8")[: 4 * options.tokens]
-    middle = text.find("\n", len(text) // 2)
-    prompt = BEGIN + text[:middle] + NEEDLE + text[middle:] + QUESTION
     start = time.monotonic()
-    arguments = options.vllm or ["--max-model-len", "16384", "--dtype", "float32", "--enforce-eager"]
-    with server(options.model, options.stem, arguments) as address:
+    with server(options.model, options.stem, options.vllm) as address:
         print(f"server up at {address} after {time.monotonic() - start:.0f} s")
         start = time.monotonic()
-        answer = complete(address, prompt, 8)["text"].strip()
-        counts = measured(address)
+        answer, counts = ask(address, options.tokens)
         print(f"answer {answer!r}, hidden {VALUE!r}, after {time.monotonic() - start:.1f} s")
         assert counts.get("calls", 0) > 0, f"nothing ran sparse: a prompt of {options.tokens} tokens is too short"
         print(

@@ -16,11 +16,11 @@ from stem_flex.config import StemConfig
 from stem_flex.diagnostics.selftest import check_block_lists
 from stem_flex.layout import Layout
 from stem_flex.mask import stem_block_mask
-from stem_flex.plumbing.ambient import cast_as_sdpa, without_autocast
+from stem_flex.plumbing.ambient import cast_as_sdpa, refuse_transforms, without_autocast
 from stem_flex.plumbing.backend import Decision, choose, kernel_options
 from stem_flex.plumbing.binding import BoundLayout
-from stem_flex.plumbing.captured import code_of
-from stem_flex.plumbing.checks import check_config, check_mod, check_qkv, check_scale
+from stem_flex.plumbing.captured import captured_values, code_of
+from stem_flex.plumbing.checks import check_block_mask, check_config, check_mod, check_qkv, check_scale
 from stem_flex.plumbing.compiled import compiled
 from stem_flex.plumbing.dense import dense_causal
 from stem_flex.plumbing.sharded import by_heads
@@ -104,7 +104,7 @@ def stem_attention(
         kv_len=kv_len,
         selector=selector,
         budget=budget,
-        compute_q_blocks=_needs_grad(q, k, v),
+        compute_q_blocks=_needs_grad(q, k, v, score_mod),
     )
     return sparse_prefill(
         q,
@@ -167,7 +167,7 @@ def explain(
         backend=backend,
         block_size=(config.query_block, config.key_block),
         plain_density=density if plain else None,
-        needs_grad=_needs_grad(q, k, v),
+        needs_grad=_needs_grad(q, k, v, score_mod),
         return_lse=return_lse,
     )
 
@@ -211,9 +211,10 @@ def _sparse_prefill(
     options: dict | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     check_qkv(q, k, v)
+    refuse_transforms(q, k, v)
     _check_mask(q, k, block_mask)
     _check_options(scale, score_mod, options)
-    needs_grad = _needs_grad(q, k, v)
+    needs_grad = _needs_grad(q, k, v, score_mod)
     block_size = (block_mask.BLOCK_SIZE[0], block_mask.BLOCK_SIZE[1])
     name = choose(
         q,
@@ -283,8 +284,7 @@ _LSE_BY_BACKEND = any("stats_are_log2" in getattr(c, "co_varnames", ()) for c in
 
 
 def _check_mask(q: Tensor, k: Tensor, block_mask: BlockMask) -> None:
-    if not isinstance(block_mask, BlockMask):
-        raise TypeError(f"block_mask must be a BlockMask, got {type(block_mask).__name__}")
+    check_block_mask("block_mask", block_mask)
     if tuple(block_mask.seq_lengths) != (q.shape[2], k.shape[2]):
         raise ValueError(
             f"block_mask must be of q's and k's lengths {(q.shape[2], k.shape[2])}, got {tuple(block_mask.seq_lengths)}"
@@ -306,8 +306,15 @@ def _check_options(scale: object, score_mod: object, options: object) -> None:
         )
 
 
-def _needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+def _needs_grad(q: Tensor, k: Tensor, v: Tensor, score_mod: Callable | None) -> bool:
+    """Whether anything that the output depends on by a gradient needs one, parameters of score_mod included."""
+    if not torch.is_grad_enabled():
+        return False
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    if score_mod is None or torch.compiler.is_compiling():  # PyTorch's own checks then
+        return False
+    return any(isinstance(x, Tensor) and x.requires_grad for x in captured_values(score_mod))
 
 
 def _is_int(value: object, expected: int) -> bool:

@@ -15,6 +15,7 @@ from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.plumbing.checks import check_config, check_qkv
 from stem_flex.plumbing.implementation import resolve
 from stem_flex.plumbing.mods import MaskModFn, of_blocks
+from stem_flex.plumbing.recipes import with_recipe
 from stem_flex.plumbing.sharded import by_heads
 from stem_flex.plumbing.tables import BlockTables, block_classes, compact, table_shape
 from stem_flex.score import bind_to
@@ -121,7 +122,8 @@ def assemble(
     """The BlockMask of chosen blocks under a bound layout."""
     mask = tables.block_mask(bound.mask_mod, bound.seq_lengths, bound.block_size, compute_q_blocks)
     if exact:
-        mask.mask_mod = _exact_mod(block_classes(mask) > 0, bound)
+        kept = of_blocks(block_classes(mask) > 0, bound.seq_lengths, bound.block_size)
+        mask.mask_mod = _exact_mod(kept, bound.mask_mod)
     mask.structure = bound  # type: ignore[attr-defined]
     return mask
 
@@ -148,10 +150,8 @@ def _chosen(
     return select_blocks(scores, bound, config, budget=rule, impl=impl)
 
 
-def _exact_mod(keep: Tensor, bound: BoundLayout) -> MaskModFn:
-    kept = of_blocks(keep, bound.seq_lengths, bound.block_size)
-    inner = bound.mask_mod
-
+@with_recipe
+def _exact_mod(kept: MaskModFn, inner: MaskModFn) -> MaskModFn:
     def stem_mask(b, h, q, kv):
         return kept(b, h, q, kv) & inner(b, h, q, kv)
 

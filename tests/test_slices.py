@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stem_flex import StemConfig, layout, reference, stem_block_mask, testing
+from stem_flex.attention import sparse_prefill
 from stem_flex.plumbing.slices import rows_of
+from stem_flex.plumbing.tables import block_classes
 
 
 def kept(mask):
@@ -56,3 +58,24 @@ def test_slices_are_remembered_with_their_binding():
     assert rows_of(bound, 2, 5) is rows_of(bound, 2, 5)
     assert rows_of(bound, 2, 5).causal_offset == 32
     assert rows_of(bound, 0, 5).mask_mod is bound.mask_mod
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "flash"])
+@pytest.mark.parametrize("length", [8192, 8192 - 57])
+def test_rows_apart_on_a_gpu(make_qkv, backend, length):
+    """Compiled kernels under masks of rows, keys in memory by tokens as ranks gather them."""
+    if backend == "flash":
+        pytest.importorskip("flash_attn.cute", reason="flash-attn-4 is not installed")
+    q, k, v = make_qkv(1, 8, 2, length, 64, dtype=torch.bfloat16, device="cuda")
+    k, v = (x.movedim(2, 0).contiguous().movedim(0, 2) for x in (k, v))
+    config = StemConfig(schedule="fixed", k_start=8)
+    for structure in (layout.causal(), layout.documents([0, 3000, length]), layout.sliding_window(2000)):
+        whole = stem_block_mask(q, k, v, config, layout=structure)
+        expected = sparse_prefill(q, k, v, whole, backend=backend)
+        for first, last in ((0, 20), (20, 57), (57, 64)):
+            rows = slice(first * 128, min(last * 128, length))
+            part = stem_block_mask(q[:, :, rows], k, v, config, layout=rows_of(whole.structure, first, last))
+            assert torch.equal(block_classes(part), block_classes(whole)[:, :, first:last])
+            out = sparse_prefill(q[:, :, rows], k, v, part, backend=backend)
+            assert (out - expected[:, :, rows]).abs().max() <= 1e-2 * expected.abs().max()

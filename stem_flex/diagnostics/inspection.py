@@ -130,9 +130,3 @@ def _depends(mask_mod: Any, argument: int, device: torch.device | None) -> bool:
 
     torch.vmap(probe)(torch.zeros(1, dtype=torch.int64, device=device))
     return seen[0]
-
-
-def check_block_mask(block_mask: Any) -> None:
-    """Raise TypeError unless it is a BlockMask."""
-    if not isinstance(block_mask, BlockMask):
-        raise TypeError(f"block_mask must be a BlockMask, got {type(block_mask).__name__}")

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from stem_flex.diagnostics.inspection import MaskReader, check_block_mask
+from stem_flex.diagnostics.inspection import MaskReader
 from stem_flex.plumbing.ambient import cast_as_sdpa
-from stem_flex.plumbing.checks import check_qkv
+from stem_flex.plumbing.checks import check_block_mask, check_qkv
 
 _PAIRS_AT_ONCE = 2**22  # token pairs held at a time: 32 MB a float64 matrix, and a handful of those
 
@@ -41,7 +41,7 @@ def block_density(block_mask: BlockMask) -> float:
     Raises:
         TypeError: ``block_mask`` is no BlockMask.
     """
-    check_block_mask(block_mask)
+    check_block_mask("block_mask", block_mask)
     computed = int(block_mask.kv_num_blocks.sum(dtype=torch.int64))
     if block_mask.full_kv_num_blocks is not None:
         computed += int(block_mask.full_kv_num_blocks.sum(dtype=torch.int64))
@@ -68,7 +68,7 @@ def recall(q: Tensor, k: Tensor, block_mask: BlockMask, *, scale: float | None =
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came.
     """
-    check_block_mask(block_mask)
+    check_block_mask("block_mask", block_mask)
     total = torch.zeros(2, *q.shape[:2], dtype=torch.float64, device=q.device)
     for part in _streamed(q, k, block_mask, scale):
         total[0, part.batch, part.head] += (part.weights * part.computed).sum()
@@ -173,7 +173,7 @@ def _check_inputs(q: Tensor, k: Tensor, block_mask: BlockMask | None) -> None:
         )
     if block_mask is None:
         return
-    check_block_mask(block_mask)
+    check_block_mask("block_mask", block_mask)
     lengths, sizes = (q.shape[2], k.shape[2]), tuple(block_mask.kv_num_blocks.shape[:2])
     if tuple(block_mask.seq_lengths) != lengths:
         raise ValueError(f"block_mask must be for lengths {lengths}, got {tuple(block_mask.seq_lengths)}")

@@ -27,7 +27,10 @@ class Meeting:
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         own = getattr(group, "get_group_store", None)
         store = dist.distributed_c10d._get_default_store() if own is None else own()
-        self.store = dist.PrefixStore(f"stem_flex.distributed/{group.group_name}", store)
+        place = dist.PrefixStore(f"stem_flex.distributed/{group.group_name}", store)
+        # a group that was destroyed may have left words in a store that outlives it
+        generation = (place.add("came", 1) - 1) // self.world
+        self.store = dist.PrefixStore(str(generation), place)
         self.turn = 0
 
     @classmethod
@@ -43,7 +46,7 @@ class Meeting:
         Args:
             what: names the call in messages.
             timeout: seconds to wait for the other ranks.
-            work: what may fail on one rank alone. It must not wait for another rank.
+            work: what may fail on one rank alone. It waits for other ranks at most where all have agreed to meet.
             facts: of its result, what must be the same on all ranks, as text or numbers.
 
         Raises:

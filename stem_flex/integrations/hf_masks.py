@@ -184,7 +184,7 @@ class StemMask:
                     f"{device}; load the model on one device, or use attn_implementation='sdpa'"
                 )
             move = {"device": device, "non_blocking": True}
-            moved = StemMask(
+            moved = type(self)(
                 batch=self.batch,
                 queries=self.queries,
                 keys=self.keys,
@@ -255,11 +255,30 @@ def stem_mask(
         TypeError, ValueError: settings on the config that are not as ``Settings.to_json`` makes them.
         ValueError: heads that the tensor parallel ranks do not divide.
     """
+    if not isinstance(attention_mask, StemMask):
+        refuse_own_selection(config)
+        refuse_without_interface(config)
+        refuse_undivided_heads(config)
+    return mask_of(
+        StemMask, batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, config, **kwargs
+    )
+
+
+def mask_of(
+    cls: type[StemMask],
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    mask_function: Callable,
+    attention_mask: Tensor | StemMask | None,
+    config: Any,
+    **kwargs: Any,
+) -> StemMask | Tensor | None:
+    """What :func:`stem_mask` returns for a model that is served, its prefill masks of class ``cls``."""
     if isinstance(attention_mask, StemMask):
         return attention_mask  # generate builds masks ahead, and the model passes them through here again
-    refuse_own_selection(config)
-    refuse_without_interface(config)
-    refuse_undivided_heads(config)
     if not torch.compiler.is_compiling():
         read_settings(config)  # for its errors, which should not wait for the first long prompt
     settings = raw_settings(config)
@@ -268,7 +287,7 @@ def stem_mask(
         device = kwargs.get("device")
         build: Any = _build  # the decorator is typed as a factory
         return build(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, config, device
+            cls, batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, config, device
         )
     fallback = hf_versions.eager_mask if settings.get("fallback", "sdpa") == "eager" else hf_versions.sdpa_mask
     return fallback(
@@ -286,7 +305,7 @@ def stem_mask(
 
 @torch.compiler.disable
 def _build(
-    batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, config, device
+    cls, batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, config, device
 ) -> StemMask:
     offset = q_offset - kv_offset
     if isinstance(offset, Tensor):
@@ -299,7 +318,7 @@ def _build(
         device = "cpu" if padding is None else padding.device
     settings = read_settings(config)
     prompt = current_prompt.get()
-    mask = StemMask(
+    mask = cls(
         batch=batch_size,
         queries=q_length,
         keys=kv_length,

@@ -17,6 +17,7 @@ DEFAULT_MIN_TOKENS = 8192  # the default budget keeps every block of a prompt be
 DEFAULT_DENSE_LAYERS = (0, 1)
 TINY_QUERIES = 128  # a chunk with fewer queries (decode, speculative tokens) is no prefill worth a selection
 FALLBACKS = ("sdpa", "eager")
+DSA_MODEL = "deepseek_v32"  # whose own selection hf.refine_dsa refines
 
 # Attention that selects keys by itself and leaves it to the attention function, or to a mask of its own kind,
 # to apply the choice. Stem on top, or a dense attention in its place, would be silently another model.
@@ -223,8 +224,9 @@ def refuse_own_selection(config: Any) -> None:
     """Raise for models that bring their own sparse attention."""
     layers = _OWN_SELECTION_LAYERS.intersection(getattr(config, "layer_types", None) or ())
     if getattr(config, "model_type", None) in _OWN_SELECTION or layers:
+        hint = ", or stem_flex.integrations.hf.refine_dsa" if config.model_type == DSA_MODEL else ""
         raise NotImplementedError(
             f"stem_flex does not serve {config.model_type!r}: the model selects its own keys "
             f"({', '.join(sorted(layers)) or 'an indexer'}) and expects the attention function to apply that "
-            "choice; use model.set_attn_implementation('sdpa' or 'eager')"
+            f"choice; use model.set_attn_implementation('sdpa' or 'eager'){hint}"
         )

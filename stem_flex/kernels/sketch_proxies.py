@@ -89,7 +89,7 @@ def _means(
     x, first, low, high, stride_t, D: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, MEANS: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Sums (MEANS, WIDTH) and numbers (MEANS,) of each group's real tokens: unrolled, all loads in flight at once."""
+    """Sums (MEANS, WIDTH) and numbers (MEANS,) of each group's real tokens; unrolled: all loads in flight at once."""
     g = tl.arange(0, MEANS)
     d = tl.arange(0, WIDTH)
     sums = tl.zeros((MEANS, WIDTH), dtype=tl.float32)

@@ -7,15 +7,16 @@ With s[a, b] = q_a . k_b / sqrt(D) + ln(tokens that b stands for), of a query pr
 
 ``sums`` are float16 (float32 for float32 inputs), the largest of a row of a tile between 1 and the number of proxies;
 ``top`` and ``log`` float32. A tile is BLOCK_M query proxies of one head, of several query blocks packed without gaps,
-by BLOCK_J key blocks. For each proxy number of the keys it takes one product with the proxies of that number, and updates
-the sums elementwise as online softmax does: the proxies of a key block meet in one register, nothing is shuffled but
-the row's maximum, and their number needs no padding. scale * log2(e) is folded into the logit's one multiply-add.
+by BLOCK_J key blocks. For each proxy number of the keys it takes one product with the proxies of that number, and
+updates the sums elementwise as online softmax does: the proxies of a key block meet in one register, nothing is
+shuffled but the row's maximum, and their number needs no padding. scale * log2(e) is folded into the logit's one
+multiply-add.
 
 Tiles outside the rows' ranges are skipped and left unwritten. Where all of a tile is allowed and real, what a key proxy
 stands for is a constant; elsewhere it is counted from the real keys, and pairs are masked.
 
 Model, causal, with P query and R key proxies a block, a head: ``2*D * P*R * Qb*Kb/2`` operations, ``P*R * Qb*Kb/2``
-exp2 with 3 float32 instructions each, ``e*P*Qb*Kb/2`` bytes written; 2*D*BLOCK_J bytes of keys from L2 for every BLOCK_M x
+exp2 with 3 float32 instructions each, ``e*P*Qb*Kb/2`` bytes written; 2*D*BLOCK_J bytes of keys from L2 for BLOCK_M x
 BLOCK_J products. 128K tokens of 32 heads, D=128, 24 x 12: 1.24 TFLOP (1.3 ms of an H100's tensor cores at their peak),
 4.8 G exp2 (1.35 ms of its special function units), 0.8 GB written, 9.7 GB from L2. The two overlap as far as the
 programs of a multiprocessor are at different places.
@@ -46,20 +47,24 @@ class Tile(NamedTuple):
     stages: int
 
 
-HALF_TILE = Tile(128, 64, 256, 4, 4, 2)
+# Two programs of eight warps a multiprocessor: one's products run beside the other's exponentials.
+HALF_TILE = Tile(128, 64, 128, 4, 8, 3)
+WIDE_TILE = Tile(64, 64, 256, 4, 4, 2)  # heads of more than 128 dims
 FLOAT_TILE = Tile(64, 64, 32, 4, 4, 2)  # no tensor cores
 
 
-def tile_of(item_size: int) -> Tile:
+def tile_of(item_size: int, head_dim: int) -> Tile:
     """The tile for inputs of ``item_size`` bytes an element."""
-    return FLOAT_TILE if item_size == 4 else HALF_TILE
+    if item_size == 4:
+        return FLOAT_TILE
+    return HALF_TILE if head_dim <= 128 else WIDE_TILE
 
 
 @triton.jit
 def _products(
     q, queries, keys, m, j, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
-    """Products of the query proxies ``m`` (``q``, unless dims are taken in parts) and the blocks ``j`` of a plane."""
+    """Products of query proxies ``m`` (in ``q`` unless dims are taken in parts) and the blocks ``j`` of a plane."""
     if BLOCK_D == WIDTH:
         k = tl.load(keys + j[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
         if UPCAST:  # the interpreter's dot product takes bfloat16 for integers
@@ -225,10 +230,10 @@ def _sums_meta(keys: Plane, queries: Plane, item_size: int, tile: Tile) -> tuple
         PRECISION="ieee" if item_size == 4 else "tf32", UPCAST=INTERPRETED, BLOCK_M=tile.block_m, BLOCK_J=tile.block_j,
         BLOCK_D=min(tile.block_d, keys.width), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return log2(exp(1)) / sqrt(keys.head_dim), (
-        {**meta, "EDGE": False},
-        {**meta, "EDGE": True, "maxnreg": 32768 // (32 * tile.warps)},
-    )
+    edge = {**meta, "EDGE": True}
+    if tile.block_m * tile.block_j <= 32 * 32 * tile.warps:  # then two programs fit a multiprocessor, with few spills
+        edge["maxnreg"] = 32768 // (32 * tile.warps)
+    return log2(exp(1)) / sqrt(keys.head_dim), ({**meta, "EDGE": False}, edge)
 
 
 def sum_tiles(

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from stem_flex.plumbing.binding import BoundLayout, bind
 from stem_flex.plumbing.geometry import Geometry, Spans
+from stem_flex.plumbing.recipes import Picklable
 from stem_flex.plumbing.structure import Structure
 
 
-class Layout(Structure):
+class Layout(Picklable, Structure):
     """Base of all layouts; the functions of `stem_flex.layout` make one."""
 
     def __and__(self, other: Layout) -> Layout:

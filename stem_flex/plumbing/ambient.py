@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 _DEVICES = ("cpu", "cuda")  # where this package computes
 
@@ -30,6 +31,26 @@ def without_autocast(f: Callable[P, R]) -> Callable[P, R]:
             return f(*args, **kwargs)
 
     return run
+
+
+def refuse_transforms(*tensors: Tensor) -> None:
+    """Raise ValueError where something that watches compiled flex_attention would get another function or none."""
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "stem_attention can't be exported: an exported program runs flex_attention eagerly, which ignores block "
+            "lists and attends to everything; export around it, or compile the model with torch.compile"
+        )
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ValueError(
+            "stem_attention must not run inside a transform of torch.func (vmap, grad, jvp, functionalize), which "
+            "can't see into compiled flex_attention; use a larger batch for vmap, autograd for grad"
+        )
+    if any(unpack_dual(x).tangent is not None for x in tensors):
+        raise ValueError(
+            "q, k and v must not be dual tensors: flex_attention has no forward-mode derivative; use autograd on CUDA"
+        )
 
 
 def cast_as_sdpa(q: Any, k: Any, v: Any, *, only_mixed: bool = False) -> tuple[Any, Any, Any]:

@@ -18,6 +18,7 @@ from stem_flex.plumbing.ambient import without_autocast
 from stem_flex.plumbing.classes import EMPTY, classify
 from stem_flex.plumbing.geometry import LONGEST, Geometry, Spans
 from stem_flex.plumbing.mods import MaskModFn, all_of, causal_mask, inside, interval_mod
+from stem_flex.plumbing.recipes import Picklable
 from stem_flex.plumbing.structure import Structure
 from stem_flex.plumbing.watched import state_of, tell_changes
 
@@ -29,7 +30,7 @@ def _column(index: int) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class BoundLayout:
+class BoundLayout(Picklable):
     """Block-level facts of a layout at given sizes.
 
     Attributes:
@@ -115,6 +116,17 @@ class BoundLayout:
         if self.classes is not None or self.spans is not None:
             return self.spans
         return _token_spans(self.layout.parts(), self.geometry, None)  # plain causal: nothing that could change
+
+    def prompts(self) -> tuple[Tensor, Tensor]:
+        """Keys [start, end) of the prompt that each row's first real query belongs to, int32 (1 or B, Qb) each."""
+        geometry = self.geometry
+        valid = _intersection([part.valid(geometry) for part in self.layout.parts()])
+        real = rearrange(_real_queries(geometry, valid), "b (i q) -> b i q", q=geometry.q_block)
+        by_block = [
+            rearrange(x, "b (i q) -> b i q", q=geometry.q_block) for x in _prompt(self.layout.parts(), geometry)
+        ]
+        start, end = (_first_real(x, real) for x in torch.broadcast_tensors(*by_block))
+        return start, end
 
     def allowed(self) -> Tensor:
         """Which pairs of blocks are allowed, bool (1 or B, 1 or H, Qb, Kb): for small sizes and tests."""

@@ -28,7 +28,6 @@ _MODULES = (math, operator)  # of pure functions
 _REFUSED_OPERATIONS = ("IMPORT_NAME", "LOAD_NAME", "LOAD_BUILD_CLASS", "STORE_GLOBAL", "DELETE_GLOBAL")
 _REFUSED_ATTRIBUTES = ("grad", "numpy", "data")  # of tensors, that change or let change without a new version
 _HEAP_TYPE = 1 << 9  # of type.__flags__: a class whose attributes can be assigned
-RECIPE = "recipe"  # the one attribute that functions of this package have: how they were made
 
 
 class _CannotWatchError(Exception):
@@ -110,7 +109,7 @@ def _items(x: Any) -> tuple:
 
 def _watch_function(f: FunctionType, found: list, seen: set[int]) -> None:
     fine, loaded, names = _facts(f.__code__)
-    if not fine or f.__dict__.keys() - {RECIPE}:
+    if not fine or f.__dict__:
         raise _CannotWatchError
     found.append(f.__code__)
     for cell in f.__closure__ or ():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import runpy
 import time
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from stem_flex import StemConfig, attention, layout, reference, selectors, stem_attention, stem_block_mask
 from stem_flex.budget import Blocks, Budget
-from stem_flex.distributed import Split, balanced, context_prefill, prefill, unshard, zigzag
+from stem_flex.distributed import Split, agreement, balanced, context_prefill, prefill, unshard, zigzag
 from stem_flex.plumbing.classes import FULL, PARTIAL
 from stem_flex.plumbing.tables import block_classes
 
@@ -182,6 +184,28 @@ def check_lse(rank: int, world: int) -> None:
     torch.testing.assert_close(lse, split.shard(exact, rank).float())
 
 
+def check_the_benchmark(rank: int, world: int) -> None:
+    from bench import distributed as bench
+
+    out = Path(os.environ["RANKS_FOLDER"]) / "bench"
+    before, attention.sparse_prefill = attention.sparse_prefill, Seen()
+    try:
+        with exactly(Seen()):
+            rows = bench.main(
+                "--no-cuda --tensor 128 --context 520 --heads 4 --kv-heads 4 --dim 8 --dtype fp32 --repeats 1 "
+                f"--seconds 0 --out {out}".split()
+            )
+    finally:
+        attention.sparse_prefill = before
+    assert not [row["error"] for row in rows if "error" in row]
+    assert [row["mode"] for row in rows] == ["tensor", "context"]
+    assert rows[1]["parallel"]["rows_with_other_blocks"] == 0
+    assert sum(rows[1]["parallel"]["rows"]) == 520
+    if rank == 0:
+        told = json.loads((out / "distributed.json").read_text())["a_rank_fails"]["errors"]
+        assert all("q must have the 4096 rows that rank 3 holds of 16384, got 4095" in text for text in told)
+
+
 # -- DTensors -------------------------------------------------------------------------------------------------------
 
 
@@ -314,6 +338,15 @@ def check_a_rank_that_does_not_come_is_named(rank: int, world: int) -> None:
             context_prefill(*own, SMALL, split=split, timeout=1)
     dist.barrier()
     same(*qkv(L=200), SMALL, split)
+
+
+def check_words_of_a_group_that_is_gone_are_not_read(rank: int, world: int) -> None:
+    split = zigzag(200, world, 16)
+    before = agreement.Meeting.of(dist.group.WORLD)
+    agreement._meetings.clear()  # as for a new group of the same name in the same store
+    dist.barrier()
+    same(*qkv(L=200), SMALL, split)
+    assert agreement.Meeting.of(dist.group.WORLD).turn < before.turn
 
 
 def check_what_every_rank_gets_wrong(rank: int, world: int) -> None:

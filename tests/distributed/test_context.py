@@ -7,4 +7,4 @@ from tests.distributed import ranks
 
 def test_four_ranks(tmp_path):
     """One test, so that however tests are spread over workers the processes are started once."""
-    assert len(ranks.agreed(4, "tests.distributed.checks", tmp_path)) == 15
+    assert len(ranks.agreed(4, "tests.distributed.checks", tmp_path)) == 17

@@ -69,14 +69,16 @@ class SparseBuilder:
     def _choose_layers(self, spec: Any, names: list[str], vllm_config: Any, settings: Settings) -> bool:
         """Tell each layer of the group whether it runs sparse, and the log."""
         layers, reasons = vllm_config.compilation_config.static_forward_context, {}
-        own = "stem_own" in type(self).__dict__
+        own, model = "stem_own" in type(self).__dict__, vllm_config.model_config
         for name in names:
             layer, number = layers[name], _number(name)
             reason = layer_reason(layer, getattr(spec, "kv_cache_specs", {}).get(name, spec))
             if reason is None and not own:
                 reason = f"attention by {type(self).__name__}"
-            if reason is None and vllm_config.model_config.rswa_window is not None:
+            if reason is None and model.rswa_window is not None:
                 reason = "reference sliding window (R-SWA)"
+            if reason is None and number >= getattr(model.hf_text_config, "num_hidden_layers", number + 1):
+                reason = "drafts"  # of a speculator, whose layers are numbered after the model's
             if reason is None and number in settings.dense_layers:
                 reason = "dense_layers"
             layer.impl.stem_reason = reasons[number] = reason
