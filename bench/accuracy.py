@@ -2,6 +2,8 @@
 
     python -m bench.accuracy --minutes 2.5                        # one H100
     python -m bench.accuracy --device cpu --length 1K --tiny      # every code path, minutes on a CPU
+    python -m bench.accuracy --model smollm2 --length 4K --main-only --out bench/results/smollm2
+    python -m bench.accuracy --rules mass:0.02,mass:0.05,own      # also budget rules, density as it falls
 
 Writes each measurement to accuracy.jsonl as it is made, then accuracy.json, accuracy.md and the figures. Seeds
 differ from pass to pass; the main table makes passes until the time is used up, and its intervals shrink.
@@ -24,9 +26,9 @@ import torch
 from torch import Tensor
 
 from stem_flex.config import StemConfig
-from stem_flex.selectors import Selector, get, names
+from stem_flex.selectors import Selector, get, names, published
 
-from . import accuracy_probe, attend, report, ruler, tasks
+from . import accuracy_probe, attend, models, report, ruler, tasks
 
 FAMILIES = ("single_number", "single_uuid", "multi_key", "multi_key_uuid", "multi_value", "multi_query")
 DENSITIES = (0.15, 0.25, 0.10, 0.40, 0.05)  # in order of interest: the time may end before the last
@@ -100,8 +102,7 @@ class Study:
         except Exception as error:  # one cell's failure must not cost the others
             self.failed(f"{section} {policy.name} {tags}", error)
             return
-        computed = policy.computed(prompts.length) if isinstance(policy, attend.Sparse) else 1.0
-        self.record(section, selector=policy.name, length=prompts.length, computed=computed, **tags, **found,
+        self.record(section, selector=policy.name, length=prompts.length, **tags, **found,
                     seconds=round(time.monotonic() - start, 3))  # fmt: skip
         print(_line(section, policy.name, tags, found, time.monotonic() - start), flush=True)
 
@@ -115,12 +116,19 @@ class Study:
         found: dict[str, Any] = {}
         for protocol, batches in prompts.batches.items():
             by_family: dict[str, str] = {}
+            nats: dict[str, list[float]] = {}
+            parts = []
             for batch in batches:
                 used = replace(policy, dense_tail=batch.tail) if isinstance(policy, attend.Sparse) else policy
-                for family, hit in zip(batch.families, ruler.right_answers(self.model, batch, used), strict=True):
+                for family, (hit, loss) in zip(batch.families, ruler.answers(self.model, batch, used), strict=True):
                     by_family[family] = by_family.get(family, "") + str(int(hit))
+                    nats.setdefault(family, []).append(round(loss, 4))
+                parts.append(used.computed(prompts.length))
             found[protocol] = by_family
-        found["loss"] = ruler.text_losses(self.model, prompts.windows, policy)
+            found[f"{protocol}_nats"] = nats
+            found[f"{protocol}_computed"] = float(np.mean(parts))
+        found["loss"], found["kl"] = ruler.text_divergence(self.model, prompts.windows, policy)
+        found["computed"] = policy.computed(prompts.length)  # by a rule: of the text
         return found
 
     def policy(self, selector: Selector, density: float, **changes: Any) -> attend.Sparse:
@@ -137,6 +145,16 @@ class Study:
         for density in self.options.densities:
             for name in self.options.selectors:
                 self.measure("main", self.policy(get(name), density), prompts, turn=turn, density=density)
+
+    def rules(self, turn: int) -> None:
+        """Every selector with each budget rule, whose density is as it falls."""
+        prompts = self.prompts(turn, self.options.length)
+        for selector in map(get, self.options.selectors):
+            for label in self.options.rules:
+                rule = attend.rule_named(label, selector)
+                if rule is not None:
+                    policy = attend.Sparse(selector, selector.configured(self.base), 1.0, rule=rule)
+                    self.measure("rules", policy, prompts, turn=turn, density=1.0, rule=label)
 
     def ablations(self) -> None:
         """One option of Stem at a time; mu of the sketch too."""
@@ -194,6 +212,8 @@ class Study:
     def parts(self) -> Iterator[Any]:
         """What to do, in order; further passes of the main table last."""
         yield lambda: self.main_table(0)
+        if self.options.rules:
+            yield lambda: self.rules(0)
         if self.options.main_only:
             turns: Sequence[int] = range(1, self.options.passes)
         else:
@@ -204,6 +224,8 @@ class Study:
             turns = range(1, self.options.passes)
         for turn in turns:
             yield lambda turn=turn: self.main_table(turn)
+            if self.options.rules:
+                yield lambda turn=turn: self.rules(turn)
 
 
 def _line(section: str, name: str, tags: dict[str, Any], found: dict[str, Any], seconds: float) -> str:
@@ -215,10 +237,16 @@ def _line(section: str, name: str, tags: dict[str, Any], found: dict[str, Any], 
     return f"{section}: {name} {shown}: {', '.join(shares)}, loss {np.mean(found['loss']):.3f}, {seconds:.1f} s"
 
 
+def compared() -> list[str]:
+    """Stem, its parts, the sketch, and what else was registered; the published ones are bench.compare's."""
+    others = {selector.name for selector in published.SELECTORS}
+    return [name for name in names() if name not in others]
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="bench.accuracy", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--model", type=Path, default=ruler.MODEL)
+    models.add_argument(parser)
     parser.add_argument("--model-name", help="what the report calls the model")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--minutes", type=float, default=2.5, help="wall clock from here, imports and the report apart")
@@ -226,9 +254,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--main-only", action="store_true", help="only the main table")
     parser.add_argument("--length", type=lambda text: report.parse_lengths(text)[0], default=16384)
     parser.add_argument("--other-lengths", type=report.parse_lengths, default=[4096, 32768])
-    parser.add_argument("--selectors", type=lambda text: text.split(","), default=names())
+    parser.add_argument("--selectors", type=lambda text: text.split(","), default=compared())
     parser.add_argument("--densities", type=lambda text: [float(x) for x in text.split(",")], default=list(DENSITIES))
-    parser.add_argument("--families", type=lambda text: text.split(","), default=list(FAMILIES))
+    parser.add_argument("--families", type=lambda text: text.split(","), help="default: those that suit the model")
+    parser.add_argument("--rules", type=lambda text: text.split(","), default=[],
+                        help="budget rules beside the densities: own, or NAME:THRESHOLD, as mass:0.05")  # fmt: skip
     parser.add_argument("--per-family", type=int, default=8, help="prompts of a family in one pass")
     parser.add_argument("--batch", type=int, default=8, help="prompts of one forward")
     parser.add_argument("--sink", type=int, default=1)
@@ -239,11 +269,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if options.model_name is None:
-        shipped = options.model == ruler.MODEL
-        options.model_name = f"`{ruler.MODEL.relative_to(report.ROOT) if shipped else options.model.name}`"
+        shipped = options.model == models.SHIPPED
+        options.model_name = f"`{models.SHIPPED.relative_to(report.ROOT) if shipped else options.model.name}`"
     options.ablation_densities, options.probe_every = [ABLATION_DENSITY], 1
     if options.tiny:
-        options.families, options.per_family, options.batch, options.passes = list(FAMILIES[:2]), 1, 2, 1
+        options.per_family, options.batch, options.passes = 1, 2, 1
         options.densities, options.other_lengths = [max(options.densities)], []
     for name in options.selectors:
         get(name)
@@ -262,6 +292,9 @@ def main(arguments: list[str] | None = None) -> None:
         path.unlink(missing_ok=True)
         model, tokenizer = ruler.load_model(options.model, torch.device(options.device))
         corpus = ruler.read_corpus(tokenizer)
+        if options.families is None:
+            options.families = list(FAMILIES if corpus.frame.between is None else ruler.SHORT_FAMILIES)
+            options.families = options.families[:2] if options.tiny else options.families
         print(f"ready after {time.monotonic() - start:.1f} s on {options.device}", flush=True)
         base = StemConfig(sink_blocks=options.sink, local_blocks=options.local)
         study = Study(model, corpus, options, path, start + 60 * options.minutes, base)

@@ -12,8 +12,9 @@ import numpy as np
 
 from stem_flex.selectors import get, names
 
+from .families import HARDER
 from .plots import COLORS, GRID, INK
-from .report import share, short, show
+from .report import bootstrap, share, short, show
 from .ruler import wilson
 
 Row = dict[str, Any]
@@ -42,15 +43,24 @@ def pooled(rows: Iterable[Row]) -> Row:
         for row in rows:
             for family, found in row[protocol].items():
                 hits[family] += found
-        everything = "".join(hits.values())
+        everything = "".join(found for family, found in hits.items() if family not in HARDER or len(hits) == 1)
         low, high = wilson(everything.count("1"), len(everything))
         cell[protocol] = {
             "right": everything.count("1"), "samples": len(everything), "low": low, "high": high,
             "share": everything.count("1") / max(1, len(everything)),
             "families": {family: [found.count("1"), len(found)] for family, found in hits.items()},
         }  # fmt: skip
-    losses = np.array([loss for row in rows for loss in row["loss"]])
-    cell["loss"] = float(losses.mean())
+        nats = [loss for row in rows for losses in row.get(f"{protocol}_nats", {}).values() for loss in losses]
+        if nats:
+            cell[protocol] |= {"nats": float(np.mean(nats)), "nats_interval": bootstrap(nats)}
+        if all(f"{protocol}_computed" in row for row in rows):
+            cell[protocol]["computed"] = float(np.mean([row[f"{protocol}_computed"] for row in rows]))
+    cell["computed"] = float(np.mean([row["computed"] for row in rows]))
+    cell["loss"] = float(np.mean([loss for row in rows for loss in row["loss"]]))
+    for key in ("kl", "extra"):
+        values = [value for row in rows for value in row.get(key, [])]
+        if values:
+            cell |= {key: float(np.mean(values)), f"{key}_interval": bootstrap(values)}
     return cell
 
 
@@ -67,16 +77,18 @@ def summarize(rows: Sequence[Row]) -> Row:
         return [{key: group[0][key] for key in keys} | pooled(group) for group in groups.values()]
 
     environment = (of("environment") or [{}])[0]
-    dense_loss = {row["turn"]: float(np.mean(row["loss"])) for row in of("main") if row["selector"] == "dense"}
-    for row in of("main"):  # paired: passes read different text
-        row["extra"] = float(np.mean(row["loss"])) - dense_loss.get(row["turn"], float("nan"))
+    dense = {(row["length"], row.get("turn", 0)): row["loss"] for row in rows if row.get("selector") == "dense"}
+    for row in rows:  # paired, window by window
+        if row["section"] in ("main", "rules", "length"):
+            own = dense.get((row["length"], row.get("turn", 0)), [])
+            row["extra"] = [loss - other for loss, other in zip(row["loss"], own, strict=False)]
     main = grouped("main", "selector", "density")
     for cell in main:
-        extra = [r["extra"] for r in of("main") if (r["selector"], r["density"]) == (cell["selector"], cell["density"])]
-        cell["extra_loss"] = float(np.mean(extra))
+        cell["extra_loss"] = cell.get("extra", float("nan"))
     return {
         "environment": environment,
         "main": main,
+        "rules": grouped("rules", "selector", "rule"),
         "ablations": grouped("ablation", "option", "value", "density"),
         "lengths": grouped("length", "length", "selector", "density"),
         "bands": [
@@ -169,7 +181,9 @@ on unseen text, nats a token.
 """
     columns, table = main_cells(result)
     text += _table(columns, table)
-    text += "\n## Selectors\n" + _table(["name", "looks at"], [[n, get(n).note] for n in names()])
+    text += _rule_text(result) + _family_text(result)
+    shown = [name for name in _cells(result)[2] if name in names()]
+    text += "\n## Selectors\n" + _table(["name", "looks at"], [[name, get(name).note] for name in shown])
     for title, key in (("Ablations", "ablations"), ("Other lengths", "lengths")):
         if result[key]:
             keys = ("option", "value") if key == "ablations" else ("length", "selector")
@@ -181,6 +195,50 @@ on unseen text, nats a token.
             ]  # fmt: skip
             text += _table([*keys, "density", "prompt", "all", "text, nats"], lines)
     return text + _layer_text(result) + _band_text(result)
+
+
+def interval(cell: Row, key: str) -> str:
+    """A mean with its bootstrap interval; empty where it was not measured."""
+    if key not in cell:
+        return ""
+    sign = "+" if key == "extra" else ""
+    value, low, high = (f"{x:{sign}.3f}" for x in (cell[key], *cell[f"{key}_interval"]))
+    return f"{value} [{low}, {high}]"
+
+
+def _rule_text(result: Row) -> str:
+    """Added loss and divergence with their intervals, and the budget rules."""
+    rows = []
+    for cell in (*result["main"], *result.get("rules", [])):
+        if "kl" in cell:
+            label = cell.get("rule") or f"{cell['density']:.0%}"
+            rows.append([cell["selector"], label, f"{cell['computed']:.1%}", f"{cell['prompt'].get('computed', 1):.1%}",
+                         share(cell["prompt"]), share(cell["all"]), interval(cell, "extra"),
+                         interval(cell, "kl")])  # fmt: skip
+    if not rows:
+        return ""
+    columns = ["selector", "budget", "of text", "of prompts", "prompt", "all", "added loss", "KL to dense"]
+    return (
+        "\n## Text and budget rules\nComputed part of the block pairs of text and of prompts; a rule's is as it falls. "
+        "Added loss and KL divergence from dense, nats a token, mean over windows with 95 % bootstrap intervals.\n\n"
+        + _table(columns, rows)
+    )
+
+
+def _family_text(result: Row) -> str:
+    """Shares of right answers by family, where the families are not all alike."""
+    cells = [cell for cell in (*result["main"], *result.get("rules", [])) if set(HARDER) & set(cell["all"]["families"])]
+    if not cells:
+        return ""
+    shown = list(cells[0]["all"]["families"])
+    rows = []
+    for cell in cells:
+        for protocol in PROTOCOLS:
+            counts = [cell[protocol]["families"][family] for family in shown]
+            label = cell.get("rule") or f"{cell['density']:.0%}"
+            rows.append([cell["selector"], label, protocol, *(f"{right}/{samples}" for right, samples in counts)])
+    text = f"\n## By family\nAll but {', '.join(HARDER)} make up the shares above.\n\n"
+    return text + _table(["selector", "budget", "protocol", *shown], rows)
 
 
 def _layer_text(result: Row) -> str:
@@ -231,19 +289,19 @@ def _band_text(result: Row) -> str:
 # ---- figures -----------------------------------------------------------------------------------------------------
 
 
-def _figure(count: int, height: float = 4.6) -> Any:
+def _figure(count: int, height: float = 4.6, rows: int = 1) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, count, figsize=(5.6 * count, height), squeeze=False)
-    for axis in axes[0]:
+    figure, axes = pyplot.subplots(rows, count, figsize=(5.6 * count, height * rows), squeeze=False)
+    for axis in axes.flat:
         axis.grid(True, color=GRID, lw=0.7)
         axis.set_axisbelow(True)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-    return pyplot, figure, axes[0]
+    return pyplot, figure, axes[0] if rows == 1 else axes
 
 
 def _style(index: int) -> Row:
@@ -284,6 +342,41 @@ def draw(result: Row, path: Path) -> None:
         axis.set_xlabel("computed block pairs", color=INK)
     axes[1].legend(frameon=False, fontsize=8)
     _save(pyplot, figure, path, f"Accuracy against density, prompts of {short(result['environment']['length'])} tokens")
+
+
+def draw_models(results: Sequence[tuple[str, Row]], path: Path) -> None:
+    """Answers found with every row sparse, and the loss added on text, by density, one column of panels a model."""
+    pyplot, figure, axes = _figure(len(results), rows=2)
+    names_of = dict.fromkeys(cell["selector"] for _, result in results for cell in result["main"])
+    styles = {name: _style(index) for index, name in enumerate(name for name in names_of if name != "dense")}
+    for column, (title, result) in enumerate(results):
+        densities, cells, shown = _cells(result)
+        top, bottom = axes[0][column], axes[1][column]
+        for name in shown:
+            points = [(100 * d, cells[name, d]) for d in densities if (name, d) in cells]
+            xs = [x for x, _ in points]
+            ys = np.array([cell["all"]["share"] for _, cell in points])
+            errors = [ys - [c["all"]["low"] for _, c in points], [c["all"]["high"] for _, c in points] - ys]
+            top.errorbar(xs, ys, np.clip(errors, 0, None), lw=1.8, ms=4.5, elinewidth=0.8, label=name, **styles[name])
+            bottom.plot(xs, [cell["extra_loss"] for _, cell in points], lw=1.8, ms=4.5, **styles[name])
+        for cell in result.get("rules", []):
+            style = styles[cell["selector"]] | {"ls": "none", "marker": "*"}
+            top.plot(100 * cell["all"].get("computed", cell["computed"]), cell["all"]["share"], ms=10, **style)
+            bottom.plot(100 * cell["computed"], cell.get("extra", np.nan), ms=10, **style)
+        dense = cells.get(("dense", 1.0))
+        if dense:
+            top.axhline(dense["all"]["share"], color=INK, lw=1.1, ls=":", label="dense")
+        top.set_ylim(-0.03, 1.03)
+        top.set_title(title, loc="left", fontsize=10.5, color=INK)
+        for axis in (top, bottom):
+            axis.set_xscale("log")
+            axis.set_xticks([100 * d for d in densities], [f"{d:.0%}" for d in densities])
+            axis.minorticks_off()
+        bottom.set_xlabel("computed block pairs", color=INK)
+    axes[0][0].set_ylabel("answers right, every row sparse", color=INK)
+    axes[1][0].set_ylabel("added loss on text, nats a token", color=INK)
+    axes[0][0].legend(frameon=False, fontsize=8)
+    _save(pyplot, figure, path, "Accuracy against density, by model")
 
 
 def draw_detail(result: Row, path: Path) -> None:

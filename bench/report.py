@@ -105,6 +105,14 @@ def timed(call: Callable[[], Any], device: torch.device, calls: int) -> list[flo
     return [start.elapsed_time(end) for start, end in pairs]
 
 
+def bootstrap(values: Sequence[float], resamples: int = 2000) -> list[float]:
+    """The 95 % percentile bootstrap interval of the mean of ``values``, seeded."""
+    import numpy as np
+
+    drawn = np.random.default_rng(0).choice(np.asarray(values), (resamples, len(values)))
+    return np.quantile(drawn.mean(1), (0.025, 0.975)).tolist()
+
+
 def share(cell: dict[str, Any]) -> str:
     """A share of prompts with its interval."""
     return f"{cell['share']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"

@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from stem_flex import StemConfig, stem_block_mask
 
-from . import attend, report, ruler, tasks
+from . import attend, families, models, report, ruler, tasks
 
 
 @dataclass
@@ -71,8 +71,8 @@ def measure(model: Any, corpus: ruler.Corpus, length: int, policy: Any, options:
         hits: list[bool] = []
         for first in range(0, options.samples, options.batch):
             seeds = range(options.seed + first, options.seed + min(first + options.batch, options.samples))
-            families = [options.families[seed % len(options.families)] for seed in seeds]
-            batch = ruler.make_batch(corpus, families, seeds, length, protocol)
+            chosen = [options.families[seed % len(options.families)] for seed in seeds]
+            batch = ruler.make_batch(corpus, chosen, seeds, length, protocol)
             used = replace(policy, dense_tail=batch.tail) if isinstance(policy, Configured) else policy
             hits += ruler.right_answers(model, batch, used)
         found[protocol] = [sum(hits), len(hits)]
@@ -127,13 +127,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="bench.thresholds", description=(__doc__ or "").split("\n\n")[0])
     floats = lambda text: [float(part) for part in text.split(",") if part]  # noqa: E731
-    parser.add_argument("--model", type=Path, default=ruler.MODEL, help="folder of a Hugging Face causal LM")
+    models.add_argument(parser)
     parser.add_argument("--lengths", type=report.parse_lengths, default=[8192])
     parser.add_argument("--thresholds", type=floats, default=[0.05])
     parser.add_argument("--stem", type=floats, default=[0.25], help="fixed parts of the blocks, to compare with")
     parser.add_argument("--sketch", type=lambda text: [int(x) for x in text.split(",")], help="four sizes")
     parser.add_argument("--key-block", type=int, default=128)
-    parser.add_argument("--families", nargs="+", default=list(tasks.SINGLE + tasks.MULTI))
+    parser.add_argument("--families", nargs="+", help="of bench.ruler; by default those that suit the model")
     parser.add_argument("--samples", type=int, default=24)
     parser.add_argument("--text", type=int, default=8, help="windows of text")
     parser.add_argument("--batch", type=int, default=4)
@@ -148,6 +148,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     options = parse(arguments)
     model, tokenizer = ruler.load_model(options.model, torch.device(options.device))
     corpus = ruler.read_corpus(tokenizer)
+    if not options.families:
+        short = (*families.FACTS, "fact_numbers")
+        options.families = list(families.SINGLE + families.MULTI if corpus.frame.between is None else short)
     rows = []
     for length in options.lengths:
         for policy in policies(options):

@@ -20,6 +20,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     DynamicCache,
     LlamaConfig,
@@ -27,12 +28,10 @@ from transformers import (
     PreTrainedConfig,
     Qwen3Config,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging
 
 import stem_flex.integrations.hf as stem_hf
-from stem_flex.integrations import hf_attention, hf_masks
+from stem_flex.integrations import hf_attention, hf_masks, hf_versions
 from stem_flex.plumbing.backend import flash_attn_func
 from stem_flex.plumbing.implementation import installed
 
@@ -103,7 +102,7 @@ class Stopwatch:
 def _fa2(module, query, key, value, attention_mask, **kwargs):
     backends = [SDPBackend.FLASH_ATTENTION] if query.is_cuda else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(backends):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return hf_versions.sdpa_attention(module, query, key, value, attention_mask, **kwargs)
 
 
 def _fa4(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -160,7 +159,7 @@ class Cells:
                 name="bench_stem",
             )
             return
-        if self.model.config._attn_implementation == "bench_stem":
+        if hf_versions.implementation(self.model.config) == "bench_stem":
             stem_hf.remove(self.model)
         self.model.set_attn_implementation(f"bench_{name}")
 
@@ -169,7 +168,7 @@ class Cells:
         cache = DynamicCache(config=self.model.config)
         with torch.inference_mode():
             whole = self.watch.around("ttft", self.model)
-            logits = whole(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = whole(ids, **hf_versions.with_cache(self.model, cache), use_cache=True, logits_to_keep=1).logits
         parts = self.watch.total()
         if not bool(logits.isfinite().all()):
             raise FloatingPointError("the logits are not finite")

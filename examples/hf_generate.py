@@ -1,6 +1,7 @@
 """One line in transformers: a model generates with Stem's sparse prefill, everything else unchanged.
 
     python examples/hf_generate.py                                  # a tiny random model, on the CPU
+    python examples/hf_generate.py --model smollm2 --text long.txt  # after python -m bench.models smollm2
     python examples/hf_generate.py --model meta-llama/Llama-3.1-8B-Instruct --text long.txt
 
 Needs the hf extra: ``pip install 'stem-flex[hf]'``.
@@ -16,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import stem_flex.integrations.hf as stem_hf
+from bench import models
 from stem_flex import StemConfig
 
 
@@ -36,6 +38,7 @@ def tiny() -> tuple[LlamaForCausalLM, torch.Tensor]:
 def loaded(name: str, text: Path) -> tuple[torch.nn.Module, torch.Tensor]:
     """A model of the hub or a folder, in bfloat16, and a prompt from a file."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = str(models.model_folder(name)) if name in models.SOURCES else name
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).to(device).eval()
     ids = AutoTokenizer.from_pretrained(name)(text.read_text(), return_tensors="pt").input_ids
     return model, ids.to(device)

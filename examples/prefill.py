@@ -3,6 +3,7 @@
     python examples/prefill.py                                    # the shipped model, document and question
     python examples/prefill.py --selector stem oracle --density 0.1
     python examples/prefill.py FILE --model DIR --question "..."  # any text, any Hugging Face causal LM folder
+    python examples/prefill.py FILE --model smollm2               # pretrained: python -m bench.models smollm2
 
 Reads the prompt once densely and once for each selector (:mod:`stem_flex.selectors`; by default Stem and the
 experimental block sketch), all with the same number of blocks in every row, so that only the choice differs.
@@ -15,9 +16,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,10 @@ except ImportError:
 
 from prefill_timing import Run, Stopwatch
 
+from bench import models, tasks
 from stem_flex import StemConfig, oam_scores, selectors, tpd_budget
 from stem_flex.diagnostics import plot_block_mask
-from stem_flex.integrations import hf, hf_attention
-from stem_flex.mask import assemble
-from stem_flex.score import bind_to
-from stem_flex.select import select_blocks
+from stem_flex.integrations import hf, hf_attention, hf_versions
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "needle_lm"
@@ -54,10 +54,31 @@ QUESTION = (
 )
 
 
+@dataclass(frozen=True)
+class Hidden:
+    """What is hidden and asked for, in words that a model knows."""
+
+    intro: str
+    sentence: str
+    value: str
+    question: str
+
+
+NUMBER = Hidden(INTRO, NEEDLE, VALUE, QUESTION)
+FACT = Hidden(
+    "Some facts are hidden in the following text. Find them and memorize them. You will be asked about them later.\n\n",
+    "\nThe lantern is hidden in Oslo.",
+    "Oslo",
+    "\n\nQuestion: Where is the lantern hidden?\nAnswer: The lantern is hidden in",
+)
+
+
 class ByteTokenizer:
     """Text as its UTF-8 bytes, for a model without a tokenizer."""
 
     vocabulary = 256
+    frame = tasks.Frame()
+    hidden = NUMBER
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -67,10 +88,17 @@ class ByteTokenizer:
 
 
 class FolderTokenizer:
-    """The tokenizer of a model folder, without special tokens but a leading beginning-of-text one."""
+    """The tokenizer of a model folder.
+
+    ``frame``: its chat format, or a leading beginning-of-text token. ``hidden``: what to hide and ask for.
+    """
 
     def __init__(self, folder: Path):
         self.inner = AutoTokenizer.from_pretrained(folder)
+        bos = self.inner.bos_token_id
+        chat = self.inner.chat_template is not None
+        self.hidden = FACT if chat else NUMBER
+        self.frame = tasks.chat_frame(self.inner) if chat else tasks.Frame(() if bos is None else (bos,))
 
     def encode(self, text: str) -> list[int]:
         return self.inner.encode(text, add_special_tokens=False)
@@ -80,15 +108,11 @@ class FolderTokenizer:
 
 
 def builder(name: str) -> Callable:
-    """The BlockMask function of a selector: stem_block_mask itself for Stem and its parts."""
-    selector = selectors.get(name)
-    if selector.scores is oam_scores:
-        return hf_attention.stem_block_mask
+    """The BlockMask function of a selector, with the budgets that were fitted to the density in place of its own."""
+    selector = replace(selectors.get(name), settings={}, budget=None)
 
-    def build(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: StemConfig, **where: Any) -> Any:
-        bound = bind_to(q, k, **where, config=config)
-        scores = selector.scores(q, k, v, config, layout=where["layout"], q_offset=where["q_offset"])
-        return assemble(select_blocks(scores, bound, config), bound)
+    def build(*tensors: Any, **options: Any) -> Any:
+        return hf_attention.stem_block_mask(*tensors, **options | {"selector": selector})
 
     return build
 
@@ -139,10 +163,11 @@ def prompt_ids(
 
     Returns also where the hidden value stands.
     """
-    bos = getattr(getattr(tokenizer, "inner", None), "bos_token_id", None)
-    head = ([] if bos is None else [bos]) + (tokenizer.encode(INTRO) if question is None else [])
-    needle = tokenizer.encode(NEEDLE) if question is None else []
-    tail = tokenizer.encode(QUESTION if question is None else f"\n\nQuestion: {question}\nAnswer:")
+    hidden = tokenizer.hidden
+    head = [*tokenizer.frame.before, *(tokenizer.encode(hidden.intro) if question is None else [])]
+    needle = tokenizer.encode(hidden.sentence) if question is None else []
+    asked = hidden.question if question is None else f"\n\nQuestion: {question}\nAnswer:"
+    tail = tokenizer.frame.tail(asked, tokenizer.encode)
     room = length - len(head) - len(needle) - len(tail)
     if room < 1:
         sys.exit(f"--length must be more than {length - room}, got {length}; the question takes that much")
@@ -151,7 +176,7 @@ def prompt_ids(
         return head + body + tail, None
     before = tokenizer.decode(body[: int(len(body) * depth)]).rpartition("\n")[0]  # a line of its own
     at = min(len(tokenizer.encode(before)), len(body))
-    value = len(head) + at + len(tokenizer.encode(NEEDLE.partition(VALUE)[0].rstrip()))
+    value = len(head) + at + len(tokenizer.encode(hidden.sentence.partition(hidden.value)[0].rstrip()))
     return head + body[:at] + needle + body[at:] + tail, value
 
 
@@ -162,11 +187,13 @@ def prefill(model: Any, tokenizer: Any, ids: torch.Tensor, tokens: int, watch: S
         start = watch.now()
         out = model(ids, use_cache=True, logits_to_keep=1)
         total = watch.now() - start
-        logits, cache, answer = out.logits[0, -1].float(), out.past_key_values, []
+        logits, cache, answer = out.logits[0, -1].float(), hf_versions.cache_of(out), []
         token = int(logits.argmax())
         for _ in range(tokens):
             answer.append(token)
-            out = model(torch.tensor([[token]], device=ids.device), past_key_values=cache, use_cache=True)
+            out = model(
+                torch.tensor([[token]], device=ids.device), use_cache=True, **hf_versions.with_cache(model, cache)
+            )
             token = int(out.logits[0, -1].argmax())
             if tokenizer.decode([token]) in ("\n", ""):
                 break
@@ -222,7 +249,7 @@ def present(runs: list[Run], tokens: int, options: argparse.Namespace, trained: 
     """Print the table and what it means; returns the relative error of each selector's last logits."""
     dense, *sparse = runs
     errors = {run.name: float((run.logits - dense.logits).norm() / dense.logits.norm()) for run in sparse}
-    asked = trained and options.question is None
+    asked = options.hidden.value if trained and options.question is None else None
     table = Table(title_justify="left", header_style="bold")
     table.add_column("")
     for run in runs:
@@ -248,17 +275,17 @@ def present(runs: list[Run], tokens: int, options: argparse.Namespace, trained: 
     if asked:
         options.console.print("Only the prompt is sparse; answers are decoded with dense attention over its cache.")
     for run in runs if asked else ():
-        if VALUE not in run.answer:
-            options.console.print(_why(run, dense))
+        if asked not in run.answer:
+            options.console.print(_why(run, dense, asked))
     return errors
 
 
-def _answer(run: Run, asked: bool) -> str:
-    return repr(run.answer) + (("\nright" if VALUE in run.answer else "\nWRONG") if asked else "")
+def _answer(run: Run, asked: str | None) -> str:
+    return repr(run.answer) + (("\nright" if asked in run.answer else "\nWRONG") if asked else "")
 
 
-def _why(run: Run, dense: Run) -> str:
-    if VALUE not in dense.answer:
+def _why(run: Run, dense: Run, asked: str) -> str:
+    if asked not in dense.answer:
         return f"{run.name}: the model does not find the sentence with dense attention either."
     seen = f"{run.name}: the question's rows computed the sentence's block in {run.seeing} of {run.heads} heads"
     if selectors.get(run.name).scores is oam_scores:
@@ -269,14 +296,21 @@ def _why(run: Run, dense: Run) -> str:
     return f"{seen}."
 
 
+def context(folder: Path | None) -> int:
+    """Tokens that a model was made for."""
+    settings = json.loads((folder / "config.json").read_text()) if folder else {}
+    return settings.get("text_config", settings).get("max_position_embeddings", 1 << 20)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("file", nargs="?", type=Path, default=DOCUMENT, help="text to read")
-    parser.add_argument("--model", type=Path, default=None, help="folder of a Hugging Face causal LM")
+    parser.add_argument("--model", type=models.model_argument, help="folder of a causal LM, or smollm2: bench.models")
     # two cores take 78 s for 16,384 tokens, densely and with one selector, compilation included
     length = 16384 if torch.cuda.is_available() or torch.get_num_threads() >= 8 else 8192
-    parser.add_argument("--length", type=int, default=length, help=f"tokens of the whole prompt, here {length}")
+    note = f"tokens of the whole prompt, here {length}, at most half the model's context if not given"
+    parser.add_argument("--length", type=int, help=note)
     parser.add_argument("--question", default=None, help="default: hide a sentence and ask for it")
     parser.add_argument("--answer", type=int, default=12, help="most tokens of the answer")
     parser.add_argument("--depth", type=float, default=0.4, help="where the sentence is hidden, 0 to 1")
@@ -288,18 +322,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--picture", type=Path, default=Path("prefill.png"), help="where to draw the blocks")
     options = parser.parse_args(arguments)
-    for path in (options.file, options.model):
-        if path is not None and not path.exists():
-            parser.error(f"{path} does not exist")
+    if not options.file.exists():
+        parser.error(f"{options.file} does not exist")
     if not 0 < options.density <= 1:
         parser.error(f"--density must be in (0, 1], got {options.density}")
+    if options.model is None and (MODEL / "config.json").exists():
+        options.model = MODEL
+    if options.length is None:
+        options.length = min(length, context(options.model) // 2)
     if options.preset is None:
         options.config = fitted(options.density, -(-options.length // 128))
     else:
         options.config = StemConfig() if options.preset == "default" else getattr(StemConfig, options.preset)()
-    if options.model is None and (MODEL / "config.json").exists():
-        options.model = MODEL
-    options.console = Console()
+    options.hidden, options.console = NUMBER, Console()
     return options
 
 
@@ -312,6 +347,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         trust_compiler()
     model, tokenizer, trained = load(options.model, device)
     text = options.file.read_text(errors="replace")
+    options.hidden = tokenizer.hidden
     prompt, sentence = prompt_ids(tokenizer, text, options.length, options.question, options.depth)
     ids = torch.tensor([prompt], device=device)
     name = options.model or "a tiny Llama of random weights"

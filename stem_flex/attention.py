@@ -16,9 +16,11 @@ from stem_flex.config import StemConfig
 from stem_flex.diagnostics.selftest import check_block_lists
 from stem_flex.layout import Layout
 from stem_flex.mask import stem_block_mask
+from stem_flex.plumbing.ambient import cast_as_sdpa, refuse_transforms, without_autocast
 from stem_flex.plumbing.backend import Decision, choose, kernel_options
-from stem_flex.plumbing.captured import code_of
-from stem_flex.plumbing.checks import check_config, check_mod, check_qkv, check_scale
+from stem_flex.plumbing.binding import BoundLayout
+from stem_flex.plumbing.captured import captured_values, code_of
+from stem_flex.plumbing.checks import check_block_mask, check_config, check_mod, check_qkv, check_scale
 from stem_flex.plumbing.compiled import compiled
 from stem_flex.plumbing.dense import dense_causal
 from stem_flex.plumbing.sharded import by_heads
@@ -32,7 +34,7 @@ def stem_attention(
     v: Tensor,
     config: StemConfig | None = None,
     *,
-    layout: Layout | None = None,
+    layout: Layout | BoundLayout | None = None,
     q_offset: int | Tensor = 0,
     prompt_len: int | Tensor | None = None,
     kv_len: int | Tensor | None = None,
@@ -61,7 +63,7 @@ def stem_attention(
 
     Returns:
         (B, Hq, Lq, Dv) in q's dtype; with ``return_lse`` a pair. A query that may attend to nothing (padding)
-        gives zeros, and -inf.
+        gives zeros, and -inf. Under autocast q, k and v are cast to its dtype first, as SDPA does.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came, and the fix.
@@ -71,6 +73,7 @@ def stem_attention(
     On CUDA gradients flow to q, k, v through the kept pairs with backend "triton"; none through the choice.
     """
     config = check_config(config)
+    q, k, v = cast_as_sdpa(q, k, v)
     check_qkv(q, k, v)
     decision = explain(
         q,
@@ -89,7 +92,7 @@ def stem_attention(
     )
     if decision.dense and not options:
         check_scale(scale)
-        return dense_causal(q, k, v, scale=scale, kernel=decision.backend)
+        return without_autocast(dense_causal)(q, k, v, scale=scale, kernel=decision.backend)
     block_mask = stem_block_mask(
         q,
         k,
@@ -101,7 +104,7 @@ def stem_attention(
         kv_len=kv_len,
         selector=selector,
         budget=budget,
-        compute_q_blocks=_needs_grad(q, k, v),
+        compute_q_blocks=_needs_grad(q, k, v, score_mod),
     )
     return sparse_prefill(
         q,
@@ -122,7 +125,7 @@ def explain(
     v: Tensor,
     config: StemConfig | None = None,
     *,
-    layout: Layout | None = None,
+    layout: Layout | BoundLayout | None = None,
     q_offset: int | Tensor = 0,
     prompt_len: int | Tensor | None = None,
     kv_len: int | Tensor | None = None,
@@ -141,6 +144,7 @@ def explain(
     Raises:
         ValueError, ImportError: an explicit backend can't serve the call: the reason and the fix.
     """
+    q, k, v = cast_as_sdpa(q, k, v)
     check_qkv(q, k, v)
     config = check_config(config)
     plain = (
@@ -163,7 +167,7 @@ def explain(
         backend=backend,
         block_size=(config.query_block, config.key_block),
         plain_density=density if plain else None,
-        needs_grad=_needs_grad(q, k, v),
+        needs_grad=_needs_grad(q, k, v, score_mod),
         return_lse=return_lse,
     )
 
@@ -191,10 +195,26 @@ def sparse_prefill(
         ValueError: the BlockMask does not fit q and k, or the backend can't serve the call.
         RuntimeError: flex_attention would run eagerly.
     """
+    return _sparse_prefill(*cast_as_sdpa(q, k, v), block_mask, scale, score_mod, backend, return_lse, options)
+
+
+@without_autocast
+def _sparse_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    scale: float | None,
+    score_mod: Callable | None,
+    backend: str,
+    return_lse: bool,
+    options: dict | None,
+) -> Tensor | tuple[Tensor, Tensor]:
     check_qkv(q, k, v)
+    refuse_transforms(q, k, v)
     _check_mask(q, k, block_mask)
     _check_options(scale, score_mod, options)
-    needs_grad = _needs_grad(q, k, v)
+    needs_grad = _needs_grad(q, k, v, score_mod)
     block_size = (block_mask.BLOCK_SIZE[0], block_mask.BLOCK_SIZE[1])
     name = choose(
         q,
@@ -264,8 +284,7 @@ _LSE_BY_BACKEND = any("stats_are_log2" in getattr(c, "co_varnames", ()) for c in
 
 
 def _check_mask(q: Tensor, k: Tensor, block_mask: BlockMask) -> None:
-    if not isinstance(block_mask, BlockMask):
-        raise TypeError(f"block_mask must be a BlockMask, got {type(block_mask).__name__}")
+    check_block_mask("block_mask", block_mask)
     if tuple(block_mask.seq_lengths) != (q.shape[2], k.shape[2]):
         raise ValueError(
             f"block_mask must be of q's and k's lengths {(q.shape[2], k.shape[2])}, got {tuple(block_mask.seq_lengths)}"
@@ -287,8 +306,15 @@ def _check_options(scale: object, score_mod: object, options: object) -> None:
         )
 
 
-def _needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+def _needs_grad(q: Tensor, k: Tensor, v: Tensor, score_mod: Callable | None) -> bool:
+    """Whether anything that the output depends on by a gradient needs one, parameters of score_mod included."""
+    if not torch.is_grad_enabled():
+        return False
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    if score_mod is None or torch.compiler.is_compiling():  # PyTorch's own checks then
+        return False
+    return any(isinstance(x, Tensor) and x.requires_grad for x in captured_values(score_mod))
 
 
 def _is_int(value: object, expected: int) -> bool:

@@ -41,6 +41,7 @@ def tpd_budget(num_blocks: int, config: StemConfig | None = None, *, device=None
         raise TypeError(f"num_blocks must be an int, got {num_blocks!r}")
     if num_blocks < 1:
         raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
+    device = torch.device("cpu") if device is None else device  # None is not the default device
     position = torch.arange(num_blocks, dtype=torch.int32, device=device)
     return row_budget(position, torch.full_like(position, num_blocks), check_config(config))
 
@@ -48,9 +49,9 @@ def tpd_budget(num_blocks: int, config: StemConfig | None = None, *, device=None
 @functools.lru_cache(maxsize=1024)
 def causal_density(num_blocks: int, config: StemConfig) -> float:
     """Largest part of a causal prompt's block pairs that its budget and forced blocks keep, 1.0 = dense."""
-    candidates = torch.arange(1, num_blocks + 1)
+    candidates = torch.arange(1, num_blocks + 1, device="cpu")
     kept = tpd_budget(num_blocks, config) + config.sink_blocks + config.local_blocks
-    return float(torch.minimum(kept, candidates).sum() / candidates.sum())
+    return int(torch.minimum(kept, candidates).sum()) / int(candidates.sum())
 
 
 class Budget:

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from stem_flex.layout import Interval, Layout, from_block_mask, from_mask_mod
 from stem_flex.mask import assemble
 from stem_flex.plumbing.binding import BoundLayout
-from stem_flex.plumbing.checks import check_mod
+from stem_flex.plumbing.checks import check_block_mask, check_mod
 from stem_flex.plumbing.classes import EMPTY
 from stem_flex.plumbing.geometry import Geometry
 from stem_flex.plumbing.tables import block_classes, compact, table_shape
@@ -40,8 +40,7 @@ def compose(block_mask: BlockMask, other: BlockMask | Layout | Callable) -> Bloc
     from elsewhere, or whose mask_mod was replaced, is evaluated token by token, in chunks of bounded memory. Layouts
     are bound at the q_offset and kv_len of the mask that knows its own; at 0 where none does.
     """
-    if not isinstance(block_mask, BlockMask):
-        raise TypeError(f"block_mask must be a BlockMask, got {type(block_mask).__name__}")
+    check_block_mask("block_mask", block_mask)
     keep = block_classes(block_mask) != EMPTY
     if isinstance(other, BlockMask):
         _check_other(block_mask, other)
@@ -99,7 +98,7 @@ def _layout_of(block_mask: BlockMask, geometry: Geometry | None) -> Layout:
     if intervals is None:
         return from_block_mask(block_mask)
     own, asked = ((x.q_offset, x.kv_len) for x in (known.geometry, geometry))
-    fixed = not any(isinstance(x, Tensor) for x in (*own, *asked)) and not known.layout.reads()
+    fixed = not any(isinstance(x, Tensor) for x in (*own, *asked)) and known.layout.reads() == ()
     # tensors may hold something else by now; the intervals are what they were
     return known.layout if fixed and own == asked else Interval(intervals)
 
@@ -113,6 +112,7 @@ def _most_kept(block_mask: BlockMask, bound: BoundLayout) -> int:
 
 
 def _check_other(block_mask: BlockMask, other: BlockMask) -> None:
+    check_block_mask("other", other)
     if other.seq_lengths != block_mask.seq_lengths:
         raise ValueError(f"other must have block_mask's lengths {block_mask.seq_lengths}, got {other.seq_lengths}")
     if other.kv_num_blocks.device != block_mask.kv_num_blocks.device:

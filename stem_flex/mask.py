@@ -10,10 +10,12 @@ from stem_flex import selectors
 from stem_flex.budget import Budget, rule_of
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
+from stem_flex.plumbing.ambient import cast_as_sdpa, without_autocast
 from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.plumbing.checks import check_config, check_qkv
 from stem_flex.plumbing.implementation import resolve
 from stem_flex.plumbing.mods import MaskModFn, of_blocks
+from stem_flex.plumbing.recipes import with_recipe
 from stem_flex.plumbing.sharded import by_heads
 from stem_flex.plumbing.tables import BlockTables, block_classes, compact, table_shape
 from stem_flex.score import bind_to
@@ -69,7 +71,8 @@ def stem_block_mask(
 
     Returns:
         A BlockMask of shape (B, Hq, Lq, Lk) with partial and full blocks apart. Its attribute ``structure`` is
-        the bound layout. Nothing waits for the device, no gradient flows through the choice.
+        the bound layout. Nothing waits for the device, no gradient flows through the choice. Under autocast the same
+        mask comes out; only q, k, v of several dtypes are then cast to its dtype, as SDPA does.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came, and the fix.
@@ -77,6 +80,7 @@ def stem_block_mask(
     config = check_config(config)
     selector = selectors.resolve(selector, config)
     config = selector.configured(config)
+    q, k, v = cast_as_sdpa(q, k, v, only_mixed=True)
     check_qkv(q, k, v)
     if mask_mod not in ("layout", "exact"):
         raise ValueError(f"mask_mod must be 'layout' or 'exact', got {mask_mod!r}")
@@ -118,11 +122,13 @@ def assemble(
     """The BlockMask of chosen blocks under a bound layout."""
     mask = tables.block_mask(bound.mask_mod, bound.seq_lengths, bound.block_size, compute_q_blocks)
     if exact:
-        mask.mask_mod = _exact_mod(block_classes(mask) > 0, bound)
+        kept = of_blocks(block_classes(mask) > 0, bound.seq_lengths, bound.block_size)
+        mask.mask_mod = _exact_mod(kept, bound.mask_mod)
     mask.structure = bound  # type: ignore[attr-defined]
     return mask
 
 
+@without_autocast
 def _chosen(
     q: Tensor,
     k: Tensor,
@@ -144,10 +150,8 @@ def _chosen(
     return select_blocks(scores, bound, config, budget=rule, impl=impl)
 
 
-def _exact_mod(keep: Tensor, bound: BoundLayout) -> MaskModFn:
-    kept = of_blocks(keep, bound.seq_lengths, bound.block_size)
-    inner = bound.mask_mod
-
+@with_recipe
+def _exact_mod(kept: MaskModFn, inner: MaskModFn) -> MaskModFn:
     def stem_mask(b, h, q, kv):
         return kept(b, h, q, kv) & inner(b, h, q, kv)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout, causal
+from stem_flex.plumbing.ambient import cast_as_sdpa, without_autocast
 from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.plumbing.checks import check_config, check_qkv
 from stem_flex.plumbing.classes import EMPTY
@@ -53,12 +54,13 @@ def oam_scores(
         impl: "triton", "torch", or "auto": Triton for CUDA tensors. Nothing falls back silently.
 
     Returns:
-        float32 (float64 for float64 inputs) (B, Hq, Qb, Kb), -inf where the layout allows no pair.
+        float32 (float64 for float64 inputs) (B, Hq, Qb, Kb), -inf where the layout allows no pair; under autocast too.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came, and the fix.
     """
     config = check_config(config)
+    q, k, v = cast_as_sdpa(q, k, v, only_mixed=True)
     check_qkv(q, k, v)
     q, k, v = q.detach(), k.detach(), v.detach()
     bound = bind_to(q, k, layout, q_offset=q_offset, kv_len=kv_len, prompt_len=None, config=config)
@@ -125,6 +127,7 @@ def score_options(config: StemConfig) -> dict[str, Any]:
     )
 
 
+@without_autocast
 def torch_scores(
     q: Tensor,
     k: Tensor,
@@ -138,7 +141,9 @@ def torch_scores(
     k_means = _phase_means(_real(k, bound.key_start, bound.key_end), config.key_block, stride)
     q_flat = rearrange(q_means, "b (h g) i s d -> b h g i (s d)", h=k.shape[1])
     k_flat = rearrange(k_means.flip(3), "b h j s d -> b h 1 (s d) j")
-    routing = rearrange(q_flat @ k_flat, "b h g i j -> b (h g) i j") / (math.sqrt(q.shape[-1]) * stride)
+    # in float64: the switches for float32 products (TF32, bfloat16 on some CPUs) would choose other blocks
+    routing = rearrange(q_flat.double() @ k_flat.double(), "b h g i j -> b (h g) i j")
+    routing = (routing / (math.sqrt(q.shape[-1]) * stride)).to(q_means.dtype)
     if config.value_weight == 0:
         return routing
     magnitude = value_magnitude(v, bound, config)
@@ -146,6 +151,7 @@ def torch_scores(
     return routing + config.value_weight * magnitude.repeat_interleave(group, 1)[:, :, None]
 
 
+@without_autocast
 def value_magnitude(v: Tensor, bound: BoundLayout, config: StemConfig) -> Tensor:
     """Magnitude of every key block, (B, Hkv, Kb), float32 or float64."""
     norms = _real(v, bound.key_start, bound.key_end).norm(dim=-1)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from stem_flex import StemConfig, reference
-from stem_flex.integrations import hf
+from stem_flex.integrations import hf, hf_versions
+from stem_flex.integrations.hf_versions import with_cache
 from stem_flex.plumbing.tables import block_classes
 
 _ALL_TYPES = (5, 17)  # the first transformers release known to have and run every model type of the tests
+_NEWEST = (5, 24)  # the last one known to have them
 
 # The same heads and dims everywhere, so that compiled attention is shared between families.
 SIZES: dict[str, Any] = dict(
@@ -78,15 +78,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 def skip_if_old(reason: str) -> None:
     """Skip the test under a transformers that is older than what the tests' models need in full."""
-    version = importlib.metadata.version("transformers")
-    if tuple(map(int, version.split(".")[:2])) < _ALL_TYPES:
-        pytest.skip(f"transformers {version} {reason}")
+    if hf_versions.release() < _ALL_TYPES:
+        pytest.skip(f"transformers {hf_versions.version()} {reason}")
 
 
 def tiny_config(model_type: str, **options: Any) -> Any:
     """The smallest config of a model type that still has what makes the type; skips where the type is too new."""
     if model_type not in CONFIG_MAPPING:
         skip_if_old(f"has no model type {model_type!r} yet")
+        if hf_versions.release() > _NEWEST:
+            pytest.skip(f"transformers {hf_versions.version()} has no model type {model_type!r} any more")
     cls = CONFIG_MAPPING[model_type]
     known: set[str] = set()
     for base in cls.__mro__:
@@ -187,7 +188,7 @@ def chunks(kind, model):
     cache = DynamicCache(config=text) if kind == "dynamic" else StaticCache(config=text, max_cache_len=160)
     ids, mask, logits = prompt().to(model.device), padded("left").to(model.device), []
     for start, end in ((0, 60), (60, 95), (95, 96), (96, TOKENS)):
-        seen = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        seen = model(ids[:, start:end], attention_mask=mask[:, :end], use_cache=True, **with_cache(model, cache))
         logits.append(seen.logits)
     return torch.cat(logits, 1)[mask.bool()]
 

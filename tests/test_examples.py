@@ -139,5 +139,7 @@ def test_errors(example, tmp_path, capsys):
 
 
 def test_dense_runs_do_not_change_the_model(example, random_model):
+    from stem_flex.integrations import hf_versions
+
     model, _, _ = example.load(None, torch.device("cpu"))
-    assert model.config._attn_implementation == "sdpa"
+    assert hf_versions.implementation(model.config) == "sdpa"

@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers", reason="the hf extra is not i
 from transformers import DynamicCache  # noqa: E402
 
 import stem_flex.integrations.hf as stem_hf  # noqa: E402
+from stem_flex.integrations.hf_versions import with_cache  # noqa: E402
 from tests.hf_models import (  # noqa: E402
     CASES,
     KEEP_ALL,
@@ -122,8 +123,8 @@ def test_an_unrecognised_window_over_a_full_cache_is_exact(exactly):
 
     def second_turn():
         cache = DynamicCache(config=model.config)
-        model(ids[:, :90], attention_mask=mask[:, :90], past_key_values=cache)
-        return model(ids[:, 90:], attention_mask=mask, past_key_values=cache).logits[mask[:, 90:].bool()]
+        model(ids[:, :90], attention_mask=mask[:, :90], **with_cache(model, cache))
+        return model(ids[:, 90:], attention_mask=mask, **with_cache(model, cache)).logits[mask[:, 90:].bool()]
 
     with torch.no_grad():
         expected = second_turn()

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, DynamicCache  # noqa: E402
 
 import stem_flex.integrations.hf as stem_hf  # noqa: E402
 from stem_flex import StemConfig  # noqa: E402
-from stem_flex.integrations import hf_attention  # noqa: E402
-from stem_flex.integrations.hf_masks import prompt_tokens, stem_mask  # noqa: E402
+from stem_flex.integrations import hf_attention, hf_versions  # noqa: E402
+from stem_flex.integrations.hf_masks import current_prompt, stem_mask  # noqa: E402
+from stem_flex.integrations.hf_versions import has_interface, implementation, with_cache  # noqa: E402
 from tests.hf_models import (  # noqa: E402
     BY_BLOCK,
     KEEP_ALL,
@@ -34,6 +35,8 @@ from tests.hf_models import (  # noqa: E402
     tiny_config,
     tiny_model,
 )
+from tests.own_attention.configuration_own import OwnConfig  # noqa: E402
+from tests.own_attention.modeling_own import OwnModel  # noqa: E402
 
 
 def test_the_name_alone_works_without_apply(llama, exactly):
@@ -100,7 +103,7 @@ def test_remove_leaves_the_model_as_it_was(llama, exactly):
     stem_hf.apply(llama, KEEP_ALL)  # again: the first application must not count as "before"
     stem_hf.remove(llama)
     assert llama.config.to_dict() == before
-    assert llama.config._attn_implementation == "sdpa"
+    assert implementation(llama.config) == "sdpa"
     assert set(llama.__dict__) == attributes
     assert {name: set(module.__dict__) for name, module in llama.named_modules()} == modules
     with pytest.raises(ValueError, match="must have been prepared by"):
@@ -142,7 +145,7 @@ def test_a_models_own_generate_is_used_and_given_back(llama, exactly):
     calls = []
 
     def generate(self, *args, **kwargs):
-        calls.append(prompt_tokens.get())
+        calls.append(current_prompt.get().tokens)
         return type(self).generate(self, *args, **kwargs)
 
     own = llama.generate = types.MethodType(generate, llama)
@@ -165,7 +168,7 @@ def test_names_that_transformers_reads_otherwise_are_refused(name):
 
 
 def test_old_transformers_are_refused(monkeypatch):
-    monkeypatch.setattr(stem_hf.importlib.metadata, "version", lambda _: "5.4.1")
+    monkeypatch.setattr(hf_versions, "version", lambda: "5.4.1")
     with pytest.raises(ImportError, match=r"needs transformers 5\.5 or newer, got 5\.4\.1"):
         stem_hf.register()
 
@@ -189,32 +192,67 @@ def test_compiled_models_prefill_sparse_and_decode_in_one_graph(exactly):
         stem_hf.apply(model, KEEP_ALL, dense_layers=(), min_tokens=0)
         compiled = torch.compile(model, backend="eager")
         with stem_hf.trace() as seen:
-            actual = compiled(prompt(), attention_mask=mask, past_key_values=cache).logits
+            actual = compiled(prompt(), attention_mask=mask, **with_cache(model, cache)).logits
         assert seen.count() == {"stem": 1}
         torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=0)
         one = prompt(tokens=1, seed=1)
-        expected = model(one, past_key_values=copy.deepcopy(cache)).logits
+        expected = model(one, **with_cache(model, copy.deepcopy(cache))).logits
         decode = torch.compile(model, backend="eager", fullgraph=True)
-        torch.testing.assert_close(decode(one, past_key_values=cache).logits, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(decode(one, **with_cache(model, cache)).logits, expected, atol=1e-5, rtol=0)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["bloom", "falcon", "gptj", "codegen", "mpt"])
-def test_models_without_the_attention_interface_are_refused(family):
-    with pytest.raises(TypeError, match="does not use transformers' attention interface"):
-        stem_hf.apply(tiny_model(family))
+# Some of these have had the interface since 5.24, and others will: what they do is asked of the models.
+MAYBE_WITHOUT = ["bloom", "falcon", "gptj", "codegen", "mpt", "xglm"]
+SMALLER = {
+    "codegen": {"rotary_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "xglm": {"d_model": 64, "attention_heads": 4, "ffn_dim": 64, "num_layers": 2},
+}
+NO_INTERFACE = "does not use transformers' attention interface"
 
 
-@pytest.mark.parametrize("family", ["bloom", "codegen", "xglm"])
+@pytest.mark.parametrize("family", MAYBE_WITHOUT)
+def test_a_model_is_served_if_it_has_the_attention_interface_and_refused_if_not(family, exactly):
+    model = tiny_model(family, **SMALLER.get(family, {}))
+    if not has_interface(type(model)):
+        with pytest.raises(TypeError, match=NO_INTERFACE):
+            stem_hf.apply(model)
+        return
+    mask = padded("left")
+    with torch.no_grad():
+        expected = model(prompt(), attention_mask=mask).logits[mask.bool()]
+        stem_hf.apply(model, KEEP_ALL, dense_layers=(), min_tokens=0)
+        with stem_hf.trace() as seen:
+            actual = model(prompt(), attention_mask=mask).logits[mask.bool()]
+    assert seen.count() == {"stem": 2}
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["bloom", "codegen", "xglm"])  # the others do not take the name, or ask for no mask
 @pytest.mark.parametrize("min_tokens", [0, 8192])
 def test_the_name_alone_is_refused_without_the_attention_interface(family, min_tokens):
-    options = {"d_model": 64, "attention_heads": 4, "ffn_dim": 64, "num_layers": 2} if family == "xglm" else {}
-    config = tiny_config(family, **({"rotary_dim": 8} if family == "codegen" else options))
+    config = tiny_config(family, **SMALLER.get(family, {}))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="stem_flex").eval()
+    if has_interface(type(model)):
+        pytest.skip(f"transformers {hf_versions.version()} gives {family} the attention interface")
     model.config.stem_flex = {"min_tokens": min_tokens}
-    with pytest.raises(TypeError, match="does not use transformers' attention interface"):
+    with pytest.raises(TypeError, match=NO_INTERFACE):
+        model(prompt())
+
+
+@pytest.mark.parametrize("min_tokens", [0, 8192])
+def test_attention_of_ones_own_is_refused_in_every_release(min_tokens):
+    model = OwnModel(OwnConfig(attn_implementation="eager")).eval()
+    assert model(prompt()).shape == (2, TOKENS, 16)
+    assert not has_interface(OwnModel)
+    with pytest.raises(TypeError, match=f"OwnModel {NO_INTERFACE}"):
+        stem_hf.apply(model)
+    model = OwnModel(OwnConfig(attn_implementation="stem_flex")).eval()
+    model.config.stem_flex = {"min_tokens": min_tokens}
+    with pytest.raises(TypeError, match=f"OwnModel {NO_INTERFACE}"):
         model(prompt())
 
 
@@ -235,6 +273,48 @@ def test_models_that_compute_with_their_mask_are_told(exactly):
     mask = stem_mask(1, 50, 50, config=model.config, device=torch.device("cpu"))
     with pytest.raises(TypeError, match="computes with its attention mask"):
         mask[:, :, :, :10]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_oss"])
+def test_attention_modules_made_bidirectional_are_refused(family, exactly):
+    model = tiny_model(family)
+    modules = [module for module in model.modules() if hasattr(module, "is_causal") and hasattr(module, "layer_idx")]
+    assert len(modules) == 2
+    for layers in ((), (0, 1)):  # sparse and dense ones
+        stem_hf.apply(model, SPARSE, dense_layers=layers, min_tokens=0)
+        for module in modules:
+            module.is_causal = False
+        for mask in (None, padded("left")):
+            with pytest.raises(NotImplementedError, match=r"has is_causal=False, .* model\.config\.is_causal = False"):
+                model(prompt(), attention_mask=mask)
+        for module in modules:
+            module.is_causal = True
+        assert sum(paths(model, prompt()).count().values()) == 2
+
+
+def test_short_prompts_of_modules_made_bidirectional_run_as_before(llama):
+    for layer in llama.model.layers:
+        layer.self_attn.is_causal = False
+    with torch.no_grad():
+        expected = llama(prompt()).logits
+        stem_hf.apply(llama, SPARSE)
+        assert torch.equal(llama(prompt()).logits, expected)
+
+
+def test_bidirectional_calls_are_the_models_own_or_refused(llama, exactly):
+    try:
+        with torch.no_grad():
+            expected = llama(prompt(), is_causal=False).logits
+    except TypeError:
+        pytest.skip(f"transformers {hf_versions.version()} takes no is_causal in a call")
+    stem_hf.apply(llama, SPARSE, dense_layers=(), min_tokens=0)
+    refused = ""
+    with torch.no_grad(), stem_hf.trace() as seen:
+        try:
+            torch.testing.assert_close(llama(prompt(), is_causal=False).logits, expected)
+        except NotImplementedError as error:  # in releases that hand it on to attention, but not to the mask
+            refused = str(error)
+    assert ("has is_causal=False" in refused) if refused else seen.count() == {"sdpa": 2}
 
 
 def test_position_biases_are_refused(exactly):
@@ -290,7 +370,7 @@ def test_apply_takes_models_and_known_names_only(llama):
         stem_hf.apply(llama, name="nobody")
     with pytest.raises(ValueError, match="min_tokens must be 0 or more, got -1"):
         stem_hf.apply(llama, min_tokens=-1)
-    assert llama.config._attn_implementation == "sdpa"
+    assert implementation(llama.config) == "sdpa"
 
 
 REFUSED = [
@@ -311,7 +391,7 @@ def test_a_refused_apply_changes_nothing(options, error, match, llama):
     def state():
         modules = [dict(module.__dict__) for module in llama.modules() if hasattr(module, "layer_idx")]
         shown = [{key: value for key, value in module.items() if key == hf_attention.MODE} for module in modules]
-        return llama.config.to_dict(), llama.config._attn_implementation, set(llama.__dict__), shown
+        return llama.config.to_dict(), implementation(llama.config), set(llama.__dict__), shown
 
     before = state()
     with pytest.raises(error, match=match):

@@ -7,13 +7,14 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
 
-from transformers import DynamicCache, masking_utils  # noqa: E402
+from transformers import DynamicCache  # noqa: E402
 
 import stem_flex.integrations.hf as stem_hf  # noqa: E402
 from stem_flex import layout, reference, testing  # noqa: E402
 from stem_flex.integrations import hf_attention  # noqa: E402
 from stem_flex.integrations.hf_masks import StemMask, stem_mask  # noqa: E402
 from stem_flex.integrations.hf_patterns import kind_of, recognise  # noqa: E402
+from stem_flex.integrations.hf_versions import causal, has_piece, implementation, make, with_cache  # noqa: E402
 from tests.hf_models import (  # noqa: E402
     BY_BLOCK,
     CASES,
@@ -58,29 +59,28 @@ def test_packed_prompts_select_within_their_document(exactly, selections):
         assert torch.equal(kept(mask), expected)
 
 
-REMAPS = hasattr(masking_utils, "remap_positions_for_packed_sequence")
+NO_REMAPS = "transformers before 5.23 does not remap the positions of packed prompts"
 
 
-@pytest.mark.skipif(not REMAPS, reason="transformers before 5.23 does not remap the positions of packed prompts")
+def remapped(function, positions, ids):
+    return make("and", make("packed", ids), make("remapped", function, positions))
+
+
+@pytest.mark.skipif(not has_piece("remapped"), reason=NO_REMAPS)
 def test_remapped_positions_are_packed_only_where_they_count_by_one():
     packed_ids = torch.tensor([[0, 0, 0, 1, 1]])
     for positions, kind in (([7, 8, 9, 0, 1], "packed"), ([0, 1, 3, 0, 1], "general"), ([0, 1, 2, 1, 0], "general")):
-        remapped = masking_utils.packed_sequence_compatibility_function(
-            masking_utils.causal_mask_function, torch.tensor([positions]), packed_ids
-        )
-        assert kind_of(recognise(remapped), 5) == kind
-    remapped = masking_utils.remap_positions_for_packed_sequence(masking_utils.causal_mask_function, packed_ids)
-    assert recognise(remapped) is None
+        assert kind_of(recognise(remapped(causal, torch.tensor([positions]), packed_ids)), 5) == kind
+    assert recognise(make("remapped", causal, packed_ids)) is None
 
 
-@pytest.mark.skipif(not REMAPS, reason="transformers before 5.23 does not remap the positions of packed prompts")
+@pytest.mark.skipif(not has_piece("remapped"), reason=NO_REMAPS)
 def test_chunks_of_packed_prompts_are_the_mask_functions():
     positions = torch.tensor([[*range(80, 121), *range(33), *range(26)]])
-    ids = masking_utils.find_packed_sequence_indices(positions)
+    ids = torch.tensor([[0] * 41 + [1] * 33 + [2] * 26])
     for chunk in (24, TOKENS):  # the first sequence crosses into a second chunk also where chunks hold the prompt
-        function = masking_utils.packed_sequence_compatibility_function(
-            masking_utils.chunked_causal_mask_function(chunk, torch.zeros(1, dtype=torch.long)), positions, ids
-        )
+        chunks_of = make("and", make("chunk", chunk, torch.zeros(1, dtype=torch.long)), causal)
+        function = remapped(chunks_of, positions, ids)
         config = tiny_config("llama")
         config.stem_flex = {"min_tokens": 0}
         mask = stem_mask(1, TOKENS, TOKENS, mask_function=function, config=config, device=torch.device("cpu"))
@@ -182,9 +182,9 @@ def test_short_prompts_tiny_chunks_and_decode_run_as_before(llama, exactly):
     assert paths(llama, prompt()).count() == {"stem": 2}
     assert paths(llama, prompt(tokens=TOKENS - 1)).count() == {"sdpa": 2}
     cache = DynamicCache(config=llama.config)
-    assert paths(llama, prompt(tokens=150), past_key_values=cache).count() == {"stem": 2}
-    assert paths(llama, prompt(tokens=99), past_key_values=cache).count() == {"sdpa": 2}
-    assert paths(llama, prompt(tokens=1), past_key_values=cache).count() == {"sdpa": 2}
+    assert paths(llama, prompt(tokens=150), **with_cache(llama, cache)).count() == {"stem": 2}
+    assert paths(llama, prompt(tokens=99), **with_cache(llama, cache)).count() == {"sdpa": 2}
+    assert paths(llama, prompt(tokens=1), **with_cache(llama, cache)).count() == {"sdpa": 2}
     stem_hf.apply(llama, SPARSE, dense_layers=())
     assert paths(llama, prompt()).count() == {"sdpa": 2}
 
@@ -225,7 +225,7 @@ def test_an_unknown_mask_function_is_exact(llama, exactly):
             config=llama.config,
             inputs_embeds=llama.model.embed_tokens(ids),
             attention_mask=None,
-            past_key_values=None,
+            **with_cache(create_causal_mask, None),
             or_mask_function=image_tokens,
         )
         return mask, llama(ids, attention_mask=mask).logits
@@ -256,11 +256,10 @@ def test_no_mask_where_the_model_makes_none_says_what_to_pass(llama, exactly):
         hf_attention.stem_attention_forward(llama.model.layers[0].self_attn, q, q[:, :2], q[:, :2], None)
 
 
-@pytest.mark.skipif(not hasattr(masking_utils, "blockwise_overlay"), reason="this transformers has no such overlay")
+@pytest.mark.skipif(not has_piece("blockwise"), reason="this transformers has no such overlay")
 def test_image_overlays_without_images_are_causal():
     def pattern(ids):
-        overlay = masking_utils.blockwise_overlay(torch.tensor([ids]))
-        return recognise(masking_utils.or_masks(masking_utils.causal_mask_function, overlay))
+        return recognise(make("or", causal, make("blockwise", torch.tensor([ids]))))
 
     assert kind_of(pattern([-1, -1, -1]), 3) == "causal"
     assert pattern([-1, 0, 0]) is None
@@ -285,14 +284,11 @@ def test_composite_models_switch_their_text_model_only(exactly):
     )
     config = LlavaConfig(vision_config=vision, text_config=tiny_config("llama"), image_token_index=63)
     model = LlavaForConditionalGeneration(config).eval()
-    before = model.config.vision_config._attn_implementation
+    before = implementation(model.config.vision_config)
     stem_hf.apply(model, SPARSE, dense_layers=(), min_tokens=0)
-    assert model.config.text_config._attn_implementation == "stem_flex"
-    assert model.config.vision_config._attn_implementation == before
+    assert implementation(model.config.text_config) == "stem_flex"
+    assert implementation(model.config.vision_config) == before
     assert model.config.text_config.stem_flex["min_tokens"] == 0
     assert paths(model, prompt()).count() == {"stem": 2}
     stem_hf.remove(model)
     assert paths(model, prompt()).count() == {}
-
-
-# -- registration, settings, state ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "needl
 from data import JOINT, VALUE, Sequences
 from model import ModelConfig, NeedleLM, load_weights, save_pretrained
 
-from bench import tasks
+from bench import families, tasks, words
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "needle_lm"
 SMALL = ModelConfig(
@@ -82,7 +82,7 @@ def test_shards_fit_the_limits(tmp_path: Path) -> None:
 def test_sequences_hold_their_answers(length: int, tokenizer, document: np.ndarray) -> None:
     """A sequence has exactly its length, and answers stand in the text before the questions."""
     breaks = tasks.break_table(tokenizer.decode, tokenizer.get_vocab_size())
-    sequences = Sequences(document, tokenizer, [*tasks.ADJECTIVES, *tasks.NOUNS], breaks)
+    sequences = Sequences(document, tokenizer, [*words.ADJECTIVES, *words.NOUNS], breaks)
     rng = random.Random(0)
     for _ in range(20):
         ids, marks = sequences.build(rng, length)
@@ -119,5 +119,5 @@ def test_tiny_run_trains_saves_and_resumes(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["updates"] == 16
-    assert set(scores["accuracy"]) == set(tasks.FAMILIES)
+    assert set(scores["accuracy"]) == set(families.FAMILIES)
     assert {path.suffix for path in (tmp_path / "p").iterdir()} == {".safetensors", ".tar"}

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers", reason="the shipped model runs by transformers")
 
-from bench import attend, ruler, tasks
+from bench import attend, models, ruler, tasks
 from stem_flex import StemConfig, reference, selectors
 
 CONFIG = StemConfig(sink_blocks=1, local_blocks=2)
@@ -24,13 +24,13 @@ def tokenizer():
     """The shipped tokenizer."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(ruler.MODEL)
+    return AutoTokenizer.from_pretrained(models.SHIPPED)
 
 
 @pytest.fixture(scope="module")
 def model():
     """The shipped model, float32 on the CPU."""
-    return ruler.load_model(ruler.MODEL, torch.device("cpu"))[0]
+    return ruler.load_model(models.SHIPPED, torch.device("cpu"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,9 @@ def corpus(tokenizer) -> ruler.Corpus:
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    tokens = np.array(encode((ruler.MODEL / "document.txt").read_text(encoding="utf-8")))
-    return ruler.Corpus(tokens, tasks.break_table(tokenizer.decode, len(tokenizer)), encode, tokenizer.bos_token_id, 0)
+    frame = tasks.Frame(() if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,))
+    tokens = np.array(encode((models.SHIPPED / "document.txt").read_text(encoding="utf-8")))
+    return ruler.Corpus(tokens, tasks.break_table(tokenizer.decode, len(tokenizer)), encode, frame, 0)
 
 
 def prompts(corpus: ruler.Corpus, seed: int, protocol: str, length: int = LENGTH) -> ruler.Batch:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import tasks
+from bench import families, tasks
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "needle_lm"
 
@@ -29,11 +29,17 @@ def text(tokenizer) -> np.ndarray:
 def _assemble(family: str, seed: int, length: int, tokenizer, text: np.ndarray) -> tasks.Example:
     breaks = tasks.break_table(tokenizer.decode, tokenizer.get_vocab_size())
     return tasks.assemble(
-        family, seed, length, lambda s: tokenizer.encode(s, add_special_tokens=False).ids, text, breaks, bos=0
+        family,
+        seed,
+        length,
+        lambda s: tokenizer.encode(s, add_special_tokens=False).ids,
+        text,
+        breaks,
+        frame=tasks.Frame((0,)),
     )
 
 
-@pytest.mark.parametrize("family", tasks.FAMILIES)
+@pytest.mark.parametrize("family", families.ALL)
 def test_examples_have_the_length_and_hold_the_answer(family: str, tokenizer, text: np.ndarray) -> None:
     """Prompt and answer take `length` tokens; the scored tokens spell the values; the prompt contains them."""
     example = _assemble(family, 3, 4096, tokenizer, text)
@@ -55,14 +61,14 @@ def test_seeds_decide(family: str, tokenizer, text: np.ndarray) -> None:
     assert not np.array_equal(first.ids, _assemble(family, 2, 3000, tokenizer, text).ids)
 
 
-@pytest.mark.parametrize("family", tasks.FAMILIES)
+@pytest.mark.parametrize("family", families.ALL)
 def test_answer_room_ends_the_prompt(family: str, tokenizer, text: np.ndarray) -> None:
     """With an answer room the prompt has its own exact length; a room too small is named."""
     breaks = tasks.break_table(tokenizer.decode, tokenizer.get_vocab_size())
 
     def assemble(room: int) -> tasks.Example:
         return tasks.assemble(family, 4, 4096, lambda s: tokenizer.encode(s, add_special_tokens=False).ids, text,
-                              breaks, bos=0, answer_room=room)  # fmt: skip
+                              breaks, frame=tasks.Frame((0,)), answer_room=room)  # fmt: skip
 
     example = assemble(512)
     assert example.answer_start == 4096 - 512
@@ -95,7 +101,7 @@ def test_multi_value_lists_in_order_of_appearance(tokenizer, text: np.ndarray) -
 
 def test_multi_key_has_similar_distractors() -> None:
     """Some distractor shares a half of the asked key."""
-    task = tasks.make_task("multi_key", 0)
+    task = families.make_task("multi_key", 0)
     key = task.question.split(" for ")[1].split(" in the text")[0]
     adjective, noun = key.split("-")
     others = [line for line in task.lines if key not in line]
@@ -105,7 +111,7 @@ def test_multi_key_has_similar_distractors() -> None:
 
 def test_variable_chain_is_traceable() -> None:
     """Following the assignments from the value gives exactly the answer."""
-    task = tasks.make_task("variable_tracking", 7)
+    task = families.make_task("variable_tracking", 7)
     value = task.question.split("value ")[1].split(",")[0]
     held: dict[str, str] = {}
     for line in task.lines:
@@ -122,7 +128,7 @@ def test_score_counts_contained_values() -> None:
 def test_unknown_family_and_short_length_are_named(tokenizer, text: np.ndarray) -> None:
     """Errors name the argument."""
     with pytest.raises(ValueError, match="family must be one of"):
-        tasks.make_task("nothing", 0)
+        families.make_task("nothing", 0)
     with pytest.raises(ValueError, match="length must be at least"):
         _assemble("multi_key", 0, 128, tokenizer, text)
     with pytest.raises(ValueError, match="haystack must hold"):

@@ -17,7 +17,7 @@ from model import NeedleLM, rms_norm
 from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from bench import tasks
+from bench import families, tasks
 
 Row = tuple[np.ndarray, int, np.ndarray]
 
@@ -32,7 +32,7 @@ def _build(family: str, lengths: list[int], samples: int, tokenizer: Tokenizer, 
         for seed in range(10_000, 10_000 + count):
             try:
                 e = tasks.assemble(family, seed, length, lambda s: tokenizer.encode(s, add_special_tokens=False).ids,
-                                   text, breaks, bos=0)  # fmt: skip
+                                   text, breaks, frame=tasks.Frame((0,)))  # fmt: skip
             except ValueError:
                 traceback.print_exc()
                 break
@@ -54,7 +54,7 @@ def start_building(lengths: list[int], samples: int, tokenizer: Tokenizer, text:
     context = multiprocessing.get_context("fork")
     processes = [
         context.Process(target=_build, args=(family, lengths, samples, tokenizer, text, folder), daemon=True)
-        for family in tasks.FAMILIES
+        for family in families.FAMILIES
     ]
     for process in processes:
         process.start()
@@ -85,7 +85,7 @@ def evaluate(
         process.join(timeout=max(0.1, min(15.0, deadline - time.monotonic() - 15)))
     result: dict[str, dict[str, dict[str, float]]] = {}
     for length in lengths:
-        for family in tasks.FAMILIES:
+        for family in families.FAMILIES:
             path = folder / f"{family}-{length}.npz"
             if not path.exists() or time.monotonic() > deadline:
                 continue

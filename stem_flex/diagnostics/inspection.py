@@ -49,7 +49,7 @@ class MaskReader:
         """Allowed token pairs, bool (queries, keys up to the last one that any of the queries may see)."""
         key = (b if self.by_batch else 0, h if self.by_head else 0, queries.start)
         if self._last is None or self._last[0] != key:
-            batch, head = (torch.tensor([x], device=self.device) for x in key[:2])
+            batch, head = (torch.tensor([x], dtype=torch.int64, device=self.device) for x in key[:2])
             rows = torch.arange(queries.start, queries.stop, device=self.device)
             columns = torch.arange(self.k_len, device=self.device)
             mask = over_tokens(self.mask_mod, batch, head, rows, columns)[0, 0]
@@ -130,9 +130,3 @@ def _depends(mask_mod: Any, argument: int, device: torch.device | None) -> bool:
 
     torch.vmap(probe)(torch.zeros(1, dtype=torch.int64, device=device))
     return seen[0]
-
-
-def check_block_mask(block_mask: Any) -> None:
-    """Raise TypeError unless it is a BlockMask."""
-    if not isinstance(block_mask, BlockMask):
-        raise TypeError(f"block_mask must be a BlockMask, got {type(block_mask).__name__}")

@@ -3,7 +3,8 @@
 The structural mask is what would be dense: of a mask built by :func:`stem_flex.stem_block_mask` its layout
 (the mask's attribute ``structure``), of any other BlockMask the pairs that its mask_mod allows. Every measure
 goes through the prompt a few hundred queries at a time, so memory stays bounded: 32K tokens take well under
-1 GB beyond q, k and v. These functions read results on the host and are not for a hot path.
+1 GB beyond q, k and v. Computed in float64, which neither autocast nor the switches for float32 products reach.
+These functions read results on the host and are not for a hot path.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from stem_flex.diagnostics.inspection import MaskReader, check_block_mask
-from stem_flex.plumbing.checks import check_qkv
+from stem_flex.diagnostics.inspection import MaskReader
+from stem_flex.plumbing.ambient import cast_as_sdpa
+from stem_flex.plumbing.checks import check_block_mask, check_qkv
 
-_PAIRS_AT_ONCE = 2**23  # token pairs held at a time: 32 MB a float32 matrix, and a handful of those
+_PAIRS_AT_ONCE = 2**22  # token pairs held at a time: 32 MB a float64 matrix, and a handful of those
 
 
 def block_density(block_mask: BlockMask) -> float:
@@ -39,7 +41,7 @@ def block_density(block_mask: BlockMask) -> float:
     Raises:
         TypeError: ``block_mask`` is no BlockMask.
     """
-    check_block_mask(block_mask)
+    check_block_mask("block_mask", block_mask)
     computed = int(block_mask.kv_num_blocks.sum(dtype=torch.int64))
     if block_mask.full_kv_num_blocks is not None:
         computed += int(block_mask.full_kv_num_blocks.sum(dtype=torch.int64))
@@ -51,8 +53,8 @@ def block_density(block_mask: BlockMask) -> float:
 def recall(q: Tensor, k: Tensor, block_mask: BlockMask, *, scale: float | None = None) -> Tensor:
     """Attention mass that falls on the computed blocks, per head: 1.0 where nothing is lost.
 
-    The softmax is taken over all pairs the structural mask allows, in float32 (float64 for float64 inputs);
-    the mass on computed blocks is averaged over the queries that may attend to anything.
+    The softmax is taken over all pairs the structural mask allows; the mass on computed blocks is averaged over
+    the queries that may attend to anything.
 
     Args:
         q: (B, Hq, Lq, D).
@@ -66,15 +68,12 @@ def recall(q: Tensor, k: Tensor, block_mask: BlockMask, *, scale: float | None =
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came.
     """
-    check_block_mask(block_mask)
-    total = None
+    check_block_mask("block_mask", block_mask)
+    total = torch.zeros(2, *q.shape[:2], dtype=torch.float64, device=q.device)
     for part in _streamed(q, k, block_mask, scale):
-        if total is None:
-            total = torch.zeros(2, *q.shape[:2], dtype=part.weights.dtype, device=q.device)
         total[0, part.batch, part.head] += (part.weights * part.computed).sum()
         total[1, part.batch, part.head] += part.weights.sum()  # 1 for a live query, 0 for a masked one
-    assert total is not None
-    return total[0] / total[1]
+    return (total[0] / total[1]).to(_result_dtype(q))
 
 
 def output_error(
@@ -105,13 +104,14 @@ def output_error(
     """
     if not isinstance(sparse, (BlockMask, Tensor)):
         raise TypeError(f"sparse must be a BlockMask or an output tensor, got {type(sparse).__name__}")
+    q, k, v = cast_as_sdpa(q, k, v, only_mixed=True)
     check_qkv(q, k, v)
     expected = (*q.shape[:3], v.shape[-1])
     if isinstance(sparse, Tensor) and tuple(sparse.shape) != expected:
         raise ValueError(f"sparse must be an output of shape {expected}, got {tuple(sparse.shape)}")
     blocks = sparse if isinstance(sparse, BlockMask) else None
-    group = q.shape[1] // max(1, k.shape[1])
-    squares = None
+    group = q.shape[1] // k.shape[1]
+    squares = torch.zeros(2, *q.shape[:2], dtype=torch.float64, device=q.device)
     for part in _streamed(q, k, blocks, scale, mask_mod):
         values = v[part.batch, part.head // group, part.keys].to(part.weights.dtype)
         dense = part.weights @ values
@@ -120,17 +120,18 @@ def output_error(
         else:
             kept = part.weights * part.computed
             ours = kept @ values / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
-        if squares is None:
-            squares = torch.zeros(2, *q.shape[:2], dtype=dense.dtype, device=q.device)
         squares[0, part.batch, part.head] += (ours - dense).square().sum()
         squares[1, part.batch, part.head] += dense.square().sum()
-    assert squares is not None
-    return (squares[0] / squares[1]).sqrt().nan_to_num(nan=0.0)
+    return (squares[0] / squares[1]).sqrt().nan_to_num(nan=0.0).to(_result_dtype(q))
+
+
+def _result_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Some queries of one head: softmax weights (queries, keys) and which of them are computed."""
+    """Some queries of one head: softmax weights, float64 (queries, keys), and which of them are computed."""
 
     batch: int
     head: int
@@ -146,7 +147,6 @@ def _streamed(
     _check_inputs(q, k, block_mask)
     batch, heads, q_len, dim = q.shape
     k_len = k.shape[2]
-    kind = torch.float64 if q.dtype == torch.float64 else torch.float32
     factor = 1 / math.sqrt(dim) if scale is None else scale
     structure = MaskReader(block_mask, batch, heads, mask_mod=mask_mod, lengths=(q_len, k_len), device=q.device)
     step = max(1, _PAIRS_AT_ONCE // k_len)
@@ -156,7 +156,7 @@ def _streamed(
             for h in range(heads):
                 allowed = structure.tokens(b, h, queries)
                 keys = slice(0, allowed.shape[1])
-                logits = q[b, h, queries].to(kind) @ k[b, h * k.shape[1] // heads, keys].to(kind).T
+                logits = q[b, h, queries].double() @ k[b, h * k.shape[1] // heads, keys].double().T
                 logits = (logits * factor).masked_fill_(~allowed, -torch.inf)
                 weights = logits.softmax(-1).masked_fill_(~allowed, 0.0)  # a masked query's NaNs become 0
                 yield _Part(b, h, queries, keys, weights, structure.computed(b, h, queries, keys))
@@ -173,7 +173,7 @@ def _check_inputs(q: Tensor, k: Tensor, block_mask: BlockMask | None) -> None:
         )
     if block_mask is None:
         return
-    check_block_mask(block_mask)
+    check_block_mask("block_mask", block_mask)
     lengths, sizes = (q.shape[2], k.shape[2]), tuple(block_mask.kv_num_blocks.shape[:2])
     if tuple(block_mask.seq_lengths) != lengths:
         raise ValueError(f"block_mask must be for lengths {lengths}, got {tuple(block_mask.seq_lengths)}")

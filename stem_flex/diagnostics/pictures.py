@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from stem_flex.config import StemConfig
-from stem_flex.diagnostics.inspection import MaskReader, check_block_mask, listed_blocks
+from stem_flex.diagnostics.inspection import MaskReader, listed_blocks
+from stem_flex.plumbing.checks import check_block_mask
 from stem_flex.plumbing.classes import FULL, PARTIAL
 
 _MOST_CELLS = 1024  # blocks drawn along a side; longer prompts show every n-th block
@@ -50,7 +51,7 @@ def plot_block_mask(
         TypeError, ValueError: naming the argument, what was expected, what came.
     """
     figure_type = _figure_type()
-    check_block_mask(block_mask)
+    check_block_mask("block_mask", block_mask)
     rows, count, _ = block_mask.kv_num_blocks.shape
     if heads is None:
         heads = sorted({round(i * (count - 1) / 3) for i in range(4)})

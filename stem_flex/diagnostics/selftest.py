@@ -37,7 +37,7 @@ def _check(run: Callable, kind: tuple) -> None:
     try:
         q = torch.zeros(1, heads, _TOKENS, dim, dtype=dtype, device=device)
         k = torch.zeros(1, kv_heads, _TOKENS, dim, dtype=dtype, device=device)
-        v = torch.linspace(-1, 1, _TOKENS, device=device).to(dtype)[None, None, :, None]
+        v = torch.linspace(-1, 1, _TOKENS, dtype=torch.float32, device=device).to(dtype)[None, None, :, None]
         v = v.expand(1, kv_heads, _TOKENS, value_dim).contiguous()
         out = run(q, k, v, _own_blocks(heads, device))
         count = torch.arange(1, _BLOCK + 1, device=device)

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from stem_flex.attention import explain, sparse_prefill
-from stem_flex.integrations.hf_fallback import fallback_attention
+from stem_flex.integrations.hf_fallback import attends_causally, fallback_attention
 from stem_flex.integrations.hf_masks import StemMask
 from stem_flex.integrations.hf_settings import is_prefill, raw_settings, read_settings
 from stem_flex.integrations.hf_trace import record
 from stem_flex.mask import stem_block_mask
+from stem_flex.plumbing.ambient import cast_as_sdpa, without_autocast
 from stem_flex.plumbing.backend import flash_refusal
 from stem_flex.plumbing.dense import dense_causal
 from stem_flex.plumbing.tables import block_classes
@@ -95,8 +96,31 @@ def _prefill(
             raise ValueError(
                 f"stem_flex does not serve attention with {name}; use model.set_attn_implementation('sdpa' or 'eager')"
             )
+    if not attends_causally(module, kwargs, default=True):
+        raise NotImplementedError(
+            f"{type(module).__name__} has is_causal=False, but the mask that its model made is not bidirectional, and "
+            "attention implementations disagree on which of them counts; for bidirectional attention set "
+            "model.config.is_causal = False, else leave is_causal of attention modules as it was"
+        )
     mask.check(query, key)
-    mask = mask.to(query.device)
+    out = _chosen_path(module, *cast_as_sdpa(query, key, value), mask.to(query.device), scaling, kwargs)
+    inputs = [x for x in (query, key, value, kwargs.get("s_aux")) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        out = _NoBackward.apply(out, *inputs)
+    return out.transpose(1, 2).contiguous()
+
+
+@without_autocast
+def _chosen_path(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: StemMask,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """(B, Hq, Lq, Dv) by the dense kernel, the exact mask, or Stem's."""
     q, k, v = query.detach(), key.detach()[:, :, : mask.used_keys], value.detach()[:, :, : mask.used_keys]
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     sinks = None if sinks is None else sinks.detach()
@@ -104,15 +128,10 @@ def _prefill(
     kernel = _dense_kernel(q, k, v, mask, stem) if softcap is None and sinks is None else None
     if kernel is not None:
         record(module, "dense", q, k)
-        out = dense_causal(q, k, v, scale=scaling, kernel=kernel)
-    else:
-        record(module, "stem" if stem else "exact", q, k)
-        block_mask = _selected(q, k, v, mask) if stem else _exact(mask)
-        out = _attend(q, k, v, block_mask, scaling, softcap, sinks)
-    inputs = [x for x in (query, key, value, kwargs.get("s_aux")) if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        out = _NoBackward.apply(out, *inputs)
-    return out.transpose(1, 2).contiguous()
+        return dense_causal(q, k, v, scale=scaling, kernel=kernel)
+    record(module, "stem" if stem else "exact", q, k)
+    block_mask = _selected(q, k, v, mask) if stem else _exact(mask)
+    return _attend(q, k, v, block_mask, scaling, softcap, sinks)
 
 
 def _dense_kernel(q: Tensor, k: Tensor, v: Tensor, mask: StemMask, stem: bool) -> str | None:
@@ -128,7 +147,8 @@ def _dense_kernel(q: Tensor, k: Tensor, v: Tensor, mask: StemMask, stem: bool) -
         return "flash-attn-4" if flash_refusal(q, v, (128, 128), False) is None else "cudnn"
     if mask.settings.min_tokens == 0 or mask.prompt_len is not None:
         return None
-    decision = explain(q, k, v, mask.settings.config)
+    settings = mask.settings
+    decision = explain(q, k, v, settings.config, selector=settings.selector, budget=settings.budget)
     return decision.backend if decision.dense else None
 
 
@@ -151,6 +171,8 @@ def _selected(query: Tensor, key: Tensor, value: Tensor, mask: StemMask) -> Bloc
         q_offset=mask.query_offset,
         prompt_len=mask.prompt_len,
         kv_len=mask.kv_len,
+        selector=mask.settings.selector,
+        budget=mask.settings.budget,
     )
 
 
@@ -186,6 +208,7 @@ def _softcap(cap: float):
     return softcap_score
 
 
+@without_autocast
 def _sink_attention_rows(
     query: Tensor,
     key: Tensor,
@@ -202,13 +225,13 @@ def _sink_attention_rows(
     classes = block_classes(block_mask)
     group = heads // key.shape[1]
     key, value = (x.repeat_interleave(group, dim=1).float() for x in (key, value))
-    b = torch.arange(batch).view(-1, 1, 1, 1)
-    h = torch.arange(heads).view(1, -1, 1, 1)
-    kv = torch.arange(keys)
-    out = torch.empty(batch, heads, queries, value.shape[-1], dtype=query.dtype)
+    b = torch.arange(batch, device=query.device).view(-1, 1, 1, 1)
+    h = torch.arange(heads, device=query.device).view(1, -1, 1, 1)
+    kv = torch.arange(keys, device=query.device)
+    out = torch.empty(batch, heads, queries, value.shape[-1], dtype=query.dtype, device=query.device)
     sink = sinks.float().view(1, -1, 1, 1).expand(batch, heads, q_block, 1)
     for row in range(classes.shape[2]):
-        q = torch.arange(row * q_block, min((row + 1) * q_block, queries))
+        q = torch.arange(row * q_block, min((row + 1) * q_block, queries), device=query.device)
         listed = classes[:, :, row].repeat_interleave(k_block, dim=-1)[..., None, :keys]
         kept = (listed == 2) | ((listed == 1) & block_mask.mask_mod(b, h, q.view(-1, 1), kv))
         scores = query[:, :, q].float() @ key.mT * (dim**-0.5 if scaling is None else scaling)
@@ -240,9 +263,7 @@ _warned: set[str] = set()
 
 def _warn_dense_prefill(module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
     """A ready-made mask tensor cannot be read as block lists: say once that this prefill is dense."""
-    is_causal = kwargs.get("is_causal")
-    is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    if not is_causal or query.shape[2] == 1:
+    if not attends_causally(module, kwargs, default=False) or query.shape[2] == 1:
         return
     config = getattr(module, "config", None)
     read_settings(config)  # a model that brings its own mask has had no mask function to check them

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from stem_flex.integrations import hf_versions
+
 
 def no_interface(name: str) -> str:
     """What to say of a model class without the interface."""
@@ -45,7 +47,7 @@ def models_of(modeling: str) -> list[type[PreTrainedModel]]:
 def _first_without_interface(modeling: str) -> str | None:
     """The first model class of a module none of whose model classes has the interface."""
     models = models_of(modeling)
-    if not models or any(model._can_set_attn_implementation() for model in models):
+    if not models or any(hf_versions.has_interface(model) for model in models):
         return None
     return models[0].__name__
 

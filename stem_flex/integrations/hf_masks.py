@@ -8,7 +8,6 @@ and one structural BlockMask.
 
 from __future__ import annotations
 
-import contextvars
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -16,10 +15,11 @@ import torch
 from torch import Tensor
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import masking_utils
 
+from stem_flex.integrations import hf_versions
 from stem_flex.integrations.hf_interface import refuse_undivided_heads, refuse_without_interface
 from stem_flex.integrations.hf_patterns import KeyRange, SharedLayout, key_range, kind_of, recognise
+from stem_flex.integrations.hf_prompts import current_prompt
 from stem_flex.integrations.hf_settings import (
     Settings,
     is_prefill,
@@ -29,8 +29,6 @@ from stem_flex.integrations.hf_settings import (
 )
 from stem_flex.layout import Layout, causal, documents, from_mask_mod, sliding_window
 from stem_flex.mask import layout_block_mask
-
-prompt_tokens: contextvars.ContextVar[int | None] = contextvars.ContextVar("stem_flex_prompt", default=None)
 
 
 class StemMask:
@@ -42,6 +40,7 @@ class StemMask:
         kind: "causal": plain causal, for Stem; "packed": causal within packed sequences, for Stem; "local":
             window or chunk; "general": any other mask function.
         settings: the integration's options, parsed.
+        prompt: tokens of the whole prompt that these are a part of, where that is known.
     """
 
     ndim = 4  # a 2-D mask is what transformers would take for a padding mask
@@ -58,12 +57,13 @@ class StemMask:
         padding: Tensor | None,
         settings: Settings,
         device: torch.device,
+        prompt: int | None = None,
     ):
         self.batch, self.queries, self.keys = batch, queries, keys
         self.offset, self.kv_offset = offset, kv_offset
         self.mask_function, self.padding = mask_function, padding
         self.settings, self.device = settings, device
-        self.prompt = prompt_tokens.get() if kv_offset == 0 else None
+        self.prompt = prompt if kv_offset == 0 else None
         # What a longer buffer holds beyond the last query is no padding, only not yet there.
         seen = None if isinstance(offset, Tensor) else offset + queries
         self.start, self.end, whole = key_range(None if padding is None else padding[:, :seen])
@@ -184,7 +184,7 @@ class StemMask:
                     f"{device}; load the model on one device, or use attn_implementation='sdpa'"
                 )
             move = {"device": device, "non_blocking": True}
-            moved = StemMask(
+            moved = type(self)(
                 batch=self.batch,
                 queries=self.queries,
                 keys=self.keys,
@@ -194,8 +194,8 @@ class StemMask:
                 padding=None if self.padding is None else self.padding.to(**move),
                 settings=self.settings,
                 device=device,
+                prompt=self.prompt,
             )
-            moved.prompt = self.prompt
             self._moved[device] = moved
         return self._moved[device]
 
@@ -239,7 +239,7 @@ def stem_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable = masking_utils.causal_mask_function,
+    mask_function: Callable = hf_versions.causal,
     attention_mask: Tensor | StemMask | None = None,
     config: Any = None,
     **kwargs: Any,
@@ -255,11 +255,30 @@ def stem_mask(
         TypeError, ValueError: settings on the config that are not as ``Settings.to_json`` makes them.
         ValueError: heads that the tensor parallel ranks do not divide.
     """
+    if not isinstance(attention_mask, StemMask):
+        refuse_own_selection(config)
+        refuse_without_interface(config)
+        refuse_undivided_heads(config)
+    return mask_of(
+        StemMask, batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, config, **kwargs
+    )
+
+
+def mask_of(
+    cls: type[StemMask],
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    mask_function: Callable,
+    attention_mask: Tensor | StemMask | None,
+    config: Any,
+    **kwargs: Any,
+) -> StemMask | Tensor | None:
+    """What :func:`stem_mask` returns for a model that is served, its prefill masks of class ``cls``."""
     if isinstance(attention_mask, StemMask):
         return attention_mask  # generate builds masks ahead, and the model passes them through here again
-    refuse_own_selection(config)
-    refuse_without_interface(config)
-    refuse_undivided_heads(config)
     if not torch.compiler.is_compiling():
         read_settings(config)  # for its errors, which should not wait for the first long prompt
     settings = raw_settings(config)
@@ -268,11 +287,9 @@ def stem_mask(
         device = kwargs.get("device")
         build: Any = _build  # the decorator is typed as a factory
         return build(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, config, device
+            cls, batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, config, device
         )
-    fallback: Callable[..., Any] = masking_utils.sdpa_mask
-    if settings.get("fallback", "sdpa") == "eager":
-        fallback = masking_utils.eager_mask
+    fallback = hf_versions.eager_mask if settings.get("fallback", "sdpa") == "eager" else hf_versions.sdpa_mask
     return fallback(
         batch_size=batch_size,
         q_length=q_length,
@@ -288,7 +305,7 @@ def stem_mask(
 
 @torch.compiler.disable
 def _build(
-    batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, config, device
+    cls, batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, config, device
 ) -> StemMask:
     offset = q_offset - kv_offset
     if isinstance(offset, Tensor):
@@ -299,7 +316,9 @@ def _build(
         padding = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
     if device is None:
         device = "cpu" if padding is None else padding.device
-    return StemMask(
+    settings = read_settings(config)
+    prompt = current_prompt.get()
+    mask = cls(
         batch=batch_size,
         queries=q_length,
         keys=kv_length,
@@ -307,6 +326,11 @@ def _build(
         kv_offset=kv_offset,
         mask_function=mask_function,
         padding=padding,
-        settings=read_settings(config),
+        settings=settings,
         device=torch.device(device),
+        prompt=None if prompt is None else prompt.of(config, q_offset),
     )
+    if prompt is not None and mask.kind == "causal":
+        seen = None if attention_mask is None else attention_mask.shape[1]
+        prompt.advance(config, q_offset, q_length, seen, settings.min_tokens)
+    return mask

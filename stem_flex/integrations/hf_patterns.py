@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import masking_utils
 
+from stem_flex.integrations import hf_versions
 from stem_flex.layout import Layout
 from stem_flex.plumbing.binding import BoundLayout, Spans
 from stem_flex.plumbing.geometry import Geometry
@@ -81,30 +81,8 @@ class Pattern:
         return torch.nn.functional.pad(changes.cumsum(1), (1, 0))
 
 
-def _code(function: Callable) -> Any:
-    return getattr(function, "__code__", None)
-
-
-def _has(name: str) -> bool:
-    return hasattr(masking_utils, name)
-
-
-_ABSENT = object()  # the code of no function
-_causal = masking_utils.causal_mask_function
-_AND = _code(masking_utils.and_masks())
-_WINDOW = _code(masking_utils.sliding_window_overlay(1))
-_CHUNK = _code(masking_utils.chunked_overlay(1, torch.zeros(1)))
-_PACKED = _code(masking_utils.packed_sequence_mask_function(torch.zeros(1, 1)))
-_OR = _code(masking_utils.or_masks())
-_BLOCKWISE = _code(masking_utils.blockwise_overlay(torch.zeros(1, 1))) if _has("blockwise_overlay") else _ABSENT
-# From 5.23 on, a packed prompt's mask counts by the positions within each sequence.
-_REMAPPED = _ABSENT
-if _has("remap_positions_for_packed_sequence"):
-    _REMAPPED = _code(masking_utils.remap_positions_for_packed_sequence(_causal, torch.zeros(1, 1)))
-
-
 def recognise(mask_function: Callable) -> Pattern | None:
-    """The pattern of a mask function built by ``transformers.masking_utils``; None: it holds something else.
+    """The pattern of a mask function that transformers put together; None: it holds something else.
 
     Reads closures rather than ``local_size``, which a window has as well as a chunk, and which does not tell
     of overlays such as bidirectional image tokens.
@@ -114,27 +92,25 @@ def recognise(mask_function: Callable) -> Pattern | None:
     pending: list[tuple[Callable, Tensor | None]] = [(mask_function, None)]  # with what it counts by; None: slots
     while pending:
         function, counted = pending.pop()
-        code = _code(function)
-        if function is _causal:
+        name, inside = hf_versions.piece(function)
+        if name == "causal":
             is_causal = True
-        elif code is _AND:
-            pending.extend((part, counted) for part in _closure(function)["mask_functions"])
-        elif code is _OR:
-            opening = [part for part in _closure(function)["mask_functions"] if not _opens_nothing(part)]
+        elif name == "and":
+            pending.extend((part, counted) for part in inside[0])
+        elif name == "or":
+            opening = [part for part in inside[0] if not _opens_nothing(part)]
             if len(opening) != 1:
                 return None
             pending.append((opening[0], counted))
-        elif code is _REMAPPED and positions is None:
-            inside = _closure(function)
-            positions = inside["position_ids"]
-            pending.append((inside["mask_function"], positions))
-        elif code is _WINDOW and "window" not in found:
-            found["window"] = _closure(function)["sliding_window"]
-        elif code is _CHUNK and "chunk" not in found:
-            inside = _closure(function)
-            found |= {"chunk": inside["chunk_size"], "chunk_start": inside["left_padding"], "chunk_positions": counted}
-        elif code is _PACKED and "packed" not in found and counted is None:
-            found["packed"] = _closure(function)["packed_sequence_mask"]
+        elif name == "remapped" and positions is None:
+            remapped, positions = inside
+            pending.append((remapped, positions))
+        elif name == "window" and "window" not in found:
+            found["window"] = inside[0]
+        elif name == "chunk" and "chunk" not in found:
+            found |= {"chunk": inside[0], "chunk_start": inside[1], "chunk_positions": counted}
+        elif name == "packed" and "packed" not in found and counted is None:
+            found["packed"] = inside[0]
         else:
             return None
     if not is_causal or (positions is not None and not _run_on(positions, found.get("packed"))):
@@ -155,12 +131,8 @@ def _run_on(positions: Tensor, packed: Tensor | None) -> bool:
 
 def _opens_nothing(function: Callable) -> bool:
     """Whether this is the overlay of a multimodal model's image tokens, for a prompt that has none."""
-    return _code(function) is _BLOCKWISE and bool((_closure(function)["block_sequence_ids"] < 0).all())
-
-
-def _closure(function: Callable) -> dict[str, Any]:
-    cells = function.__closure__ or ()
-    return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
+    name, inside = hf_versions.piece(function)
+    return name == "blockwise" and bool((inside[0] < 0).all())
 
 
 def kind_of(pattern: Pattern | None, keys: int) -> str:

@@ -68,7 +68,7 @@ def block_mass_kernel(
     k_len, (q_block, k_block) = k.shape[2], block
     q_blocks, k_blocks = -(-q_len // q_block), -(-k_len // k_block)
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    mean = torch.zeros(batch, heads, q_blocks, k_blocks, device=q.device)
+    mean = torch.zeros(batch, heads, q_blocks, k_blocks, dtype=torch.float32, device=q.device)
     peak = torch.zeros_like(mean)
     _block_mass_kernel[(q_blocks, batch * heads)](
         q, k, mean, peak, *q.stride()[:3], *k.stride()[:3], heads, heads // k.shape[1], q_len, k_len, q_blocks,

@@ -38,7 +38,7 @@ from stem_flex.kernels.sketch_sums import Tile, sum_tiles, sums_stride, tile_of
 WORKSPACE_BYTES = 128 * 2**20
 """Bytes of sums alive at a time, unless 16 rows of every head need more."""
 
-READ_WARPS = 4  # tuning
+KEY_BLOCKS_PER_WARP = 64  # tuning: few warps a program, for a warp reduces over its rows without a barrier
 
 
 class Sketch(NamedTuple):
@@ -93,7 +93,7 @@ def sizes_of(q: Tensor, k: Tensor, block_q: int, block_k: int, sketch: tuple[int
     batch, q_heads, q_len, head_dim = q.shape
     return Sizes(
         batch, q_heads, k.shape[1], q_len, k.shape[2], head_dim, block_q, block_k, Sketch(*sketch),
-        tile_of(q.element_size()),
+        tile_of(q.element_size(), head_dim),
     )  # fmt: skip
 
 
@@ -258,8 +258,8 @@ def score_rows(
     args = (
         room.sums, room.tops, rows, classes, query_start, query_end, out, levels, counts,
         0.0 if levels is not None else threshold, sizes.q_blocks, sizes.q_len, chunk.row, chunk.height, chunk.width,
-        sizes.k_blocks, sums_stride(chunk.width), tiles, sizes.heads * chunk.height * per_row * tiles, head_stride, row_stride,
-        rows.stride(0) if rows.shape[0] > 1 else 0, *class_strides, *broadcast_strides(levels),
+        sizes.k_blocks, sums_stride(chunk.width), tiles, sizes.heads * chunk.height * per_row * tiles, head_stride,
+        row_stride, rows.stride(0) if rows.shape[0] > 1 else 0, *class_strides, *broadcast_strides(levels),
     )  # fmt: skip
     launch(_read_kernel, sizes.heads * chunk.height, args, _read_meta(sizes, full), plan, ("masses", chunk.row))
 
@@ -270,7 +270,7 @@ def _read_meta(sizes: Sizes, full: bool) -> dict[str, object]:
     return dict(
         Q_HEADS=sizes.q_heads, P=proxies_of_row, P_UP=triton.next_power_of_2(proxies_of_row),
         OUTLIERS=sizes.sketch.query_outliers, BLOCK=sizes.block_q, FULL=full, BLOCK_J=sizes.tile.block_j, TILES=16,
-        num_warps=READ_WARPS,
+        num_warps=max(1, sizes.tile.block_j // KEY_BLOCKS_PER_WARP),
     )  # fmt: skip
 
 

@@ -79,54 +79,112 @@ def _places(far, token, BLOCK: tl.constexpr):
     """How many tokens come before each: farther ones, and as far ones of a lower number."""
     far = tl.reshape(far, (BLOCK,))
     token = tl.reshape(token, (BLOCK,))
-    farther = far[None, :] > far[:, None]
-    tied = (far[None, :] == far[:, None]) & (token[None, :] < token[:, None])
-    return tl.sum((farther | tied).to(tl.int32), axis=1)
+    farther = far[:, None] > far[None, :]
+    tied = (far[:, None] == far[None, :]) & (token[:, None] < token[None, :])
+    return tl.sum((farther | tied).to(tl.int32), axis=0)  # summed in a thread's registers: axis 1 lies across the warp
+
+
+@triton.jit
+def _means(
+    x, first, low, high, stride_t, D: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, MEANS: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Sums (MEANS, WIDTH) and numbers (MEANS,) of each group's real tokens; unrolled: all loads in flight at once."""
+    g = tl.arange(0, MEANS)
+    d = tl.arange(0, WIDTH)
+    sums = tl.zeros((MEANS, WIDTH), dtype=tl.float32)
+    counts = tl.zeros((MEANS,), dtype=tl.float32)
+    for t in tl.static_range(0, TOKENS):
+        token = g * TOKENS + t
+        places = x + (token * stride_t)[:, None] + d[None, :]
+        if MASKED:
+            real = (first + token >= low) & (first + token < high)
+            sums += tl.load(places, mask=real[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+            counts += real.to(tl.float32)
+        elif D < WIDTH:
+            sums += tl.load(places, mask=(d < D)[None, :], other=0.0).to(tl.float32)
+        else:
+            sums += tl.load(places).to(tl.float32)
+    if not MASKED:
+        counts += TOKENS
+    return sums, counts
+
+
+@triton.jit
+def _distances(
+    x, center, first, low, high, stride_t, D: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
+    MEANS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Squared distance of each token (TOKENS, MEANS) from ``center``, -1 for tokens that are not real."""
+    d = tl.arange(0, WIDTH)
+    token = tl.arange(0, TOKENS)[:, None] + tl.arange(0, MEANS)[None, :] * TOKENS
+    places = x + (token * stride_t)[:, :, None] + d[None, None, :]
+    in_dim = (d < D)[None, None, :]
+    if MASKED:
+        real = (first + token >= low) & (first + token < high)
+        tile = tl.load(places, mask=real[:, :, None] & in_dim, other=0.0)
+    elif D < WIDTH:
+        tile = tl.load(places, mask=in_dim, other=0.0)
+    else:
+        tile = tl.load(places)
+    off = tile.to(tl.float32) - center[None, None, :]
+    far = tl.sum(off * off, axis=2)
+    far = tl.where(far == far, far, float("inf"))  # a NaN token is as far as can be, and has a place of its own
+    if MASKED:
+        far = tl.where(real, far, -1.0)
+    return far
 
 
 @triton.jit(do_not_specialize=["length", "row", "blocks"])
 def _proxies_kernel(
     x, out, start, end, stride_b, stride_h, stride_t, out_h, out_i, out_p, length, row, blocks,
     HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OUTLIERS: tl.constexpr,
-    MEANS: tl.constexpr,
+    MEANS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program a block: the tile's axes are (token of the group, group, dim), so that a group is summed in place."""
+    """One program a block; axes of tiles: token of the group, group, dim. WIDE: a block spans 2^31 elements.
+
+    The block is read for its means, for the distances and, outliers only, to be copied: from memory once. Holding it
+    as float32 in between would take half a multiprocessor's registers.
+    """
     TOKENS: tl.constexpr = BLOCK // MEANS
     b, h, i = _locate(tl.program_id(0), HEADS, blocks, stride_h < stride_t)
     low, high = _valid_range(start, end, b, length)
     first = (row + i) * BLOCK
     g = tl.arange(0, MEANS)
     d = tl.arange(0, WIDTH)
-    token = tl.arange(0, TOKENS)[:, None] + g[None, :] * TOKENS
-    real = (first + token >= low) & (first + token < high)
     x += b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + first.to(tl.int64) * stride_t
-    at = token.to(tl.int64)[:, :, None] * stride_t + d[None, None, :]
-    keep = real[:, :, None]
-    if D < WIDTH:
-        keep = keep & (d < D)[None, None, :]
-    tile = tl.load(x + at, mask=keep, other=0.0)
-    sums = tl.sum(tile.to(tl.float32), axis=0)
-    counts = tl.sum(real.to(tl.float32), axis=0)
-    means = sums / tl.maximum(counts, 1.0)[:, None]
     out += (b * HEADS + h).to(tl.int64) * out_h + i.to(tl.int64) * out_i
-    places = (OUTLIERS + g).to(tl.int64)[:, None] * out_p + d[None, :]
-    tl.store(out + places, means.to(out.dtype.element_ty))
+    if WIDE:
+        stride_t = stride_t.to(tl.int64)
+        out_p = out_p.to(tl.int64)
+    whole = (first >= low) & (first + BLOCK <= high)
+    if whole:
+        sums, counts = _means(x, first, low, high, stride_t, D, WIDTH, TOKENS, MEANS, False)
+    else:
+        sums, counts = _means(x, first, low, high, stride_t, D, WIDTH, TOKENS, MEANS, True)
+    means = sums / tl.maximum(counts, 1.0)[:, None]
+    tl.store(out + ((OUTLIERS + g) * out_p)[:, None] + d[None, :], means.to(out.dtype.element_ty))
     if OUTLIERS > 0:
         center = tl.sum(sums, axis=0) / tl.maximum(tl.sum(counts, axis=0), 1.0)
-        off = tile.to(tl.float32) - center[None, None, :]
-        far = tl.sum(off * off, axis=2)
-        far = tl.where(far == far, far, float("inf"))  # a NaN token is as far as can be, and has a place of its own
-        place = _places(tl.where(real, far, -1.0), token, BLOCK)
-        place = tl.reshape(place, (TOKENS, MEANS))[:, :, None]
-        tl.store(out + place.to(tl.int64) * out_p + d[None, None, :], tile, mask=place < OUTLIERS)
+        if whole:
+            far = _distances(x, center, first, low, high, stride_t, D, WIDTH, TOKENS, MEANS, False)
+        else:
+            far = _distances(x, center, first, low, high, stride_t, D, WIDTH, TOKENS, MEANS, True)
+        token = tl.arange(0, TOKENS)[:, None] + g[None, :] * TOKENS
+        place = tl.reshape(_places(far, token, BLOCK), (TOKENS, MEANS))
+        chosen = (place < OUTLIERS)[:, :, None]
+        keep = chosen & (far >= 0)[:, :, None] & (d < D)[None, None, :]
+        tile = tl.load(x + (token * stride_t)[:, :, None] + d[None, None, :], mask=keep, other=0.0)
+        tl.store(out + (place * out_p)[:, :, None] + d[None, None, :], tile, mask=chosen)
 
 
 @lru_cache(maxsize=256)
-def _proxies_meta(plane: Plane) -> dict[str, object]:
+def _proxies_meta(plane: Plane, stride_t: int) -> dict[str, object]:
     warps = plane.block * plane.width // (32 * ELEMENTS_PER_THREAD)
+    wide = max(plane.block * abs(stride_t), plane.proxies * plane.stride_p) >= 2**31
     return dict(
         HEADS=plane.heads, D=plane.head_dim, WIDTH=plane.width, BLOCK=plane.block, OUTLIERS=plane.outliers,
-        MEANS=plane.means, num_warps=max(1, min(MOST_WARPS, warps)),
+        MEANS=plane.means, WIDE=wide, num_warps=max(1, min(MOST_WARPS, warps)),
     )  # fmt: skip
 
 
@@ -150,4 +208,5 @@ def proxies(
     args = (
         x, out, start, end, *x.stride()[:3], plane.stride_h, plane.stride_i, plane.stride_p, plane.length, row, count
     )  # fmt: skip
-    launch(_proxies_kernel, x.shape[0] * plane.heads * count, args, _proxies_meta(plane), plan, (slot, row))
+    meta = _proxies_meta(plane, x.stride(2))
+    launch(_proxies_kernel, x.shape[0] * plane.heads * count, args, meta, plan, (slot, row))

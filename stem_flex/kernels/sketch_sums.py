@@ -6,16 +6,17 @@ With s[a, b] = q_a . k_b / sqrt(D) + ln(tokens that b stands for), of a query pr
     log[a, tile]                         = log2 of the sum of the above over the tile
 
 ``sums`` are float16 (float32 for float32 inputs), the largest of a row of a tile between 1 and the number of proxies;
-``top`` and ``log`` float32. A tile is BLOCK_M query proxies of one head, of several query blocks packed without gaps, by
-BLOCK_J key blocks. For each proxy number of the keys it takes one product with the proxies of that number, and updates
-the sums elementwise as online softmax does: the proxies of a key block meet in one register, nothing is shuffled but
-the row's maximum, and their number needs no padding. scale * log2(e) is folded into the logit's one multiply-add.
+``top`` and ``log`` float32. A tile is BLOCK_M query proxies of one head, of several query blocks packed without gaps,
+by BLOCK_J key blocks. For each proxy number of the keys it takes one product with the proxies of that number, and
+updates the sums elementwise as online softmax does: the proxies of a key block meet in one register, nothing is
+shuffled but the row's maximum, and their number needs no padding. scale * log2(e) is folded into the logit's one
+multiply-add.
 
 Tiles outside the rows' ranges are skipped and left unwritten. Where all of a tile is allowed and real, what a key proxy
 stands for is a constant; elsewhere it is counted from the real keys, and pairs are masked.
 
-Model, causal, with P query and R key proxies a block, a head: ``2*D * P*R * Qb*Kb/2`` operations, ``P*R * Qb*Kb/2`` exp2
-with 3 float32 instructions each, ``e*P*Qb*Kb/2`` bytes written; 2*D*BLOCK_J bytes of keys from L2 for every BLOCK_M x
+Model, causal, with P query and R key proxies a block, a head: ``2*D * P*R * Qb*Kb/2`` operations, ``P*R * Qb*Kb/2``
+exp2 with 3 float32 instructions each, ``e*P*Qb*Kb/2`` bytes written; 2*D*BLOCK_J bytes of keys from L2 for BLOCK_M x
 BLOCK_J products. 128K tokens of 32 heads, D=128, 24 x 12: 1.24 TFLOP (1.3 ms of an H100's tensor cores at their peak),
 4.8 G exp2 (1.35 ms of its special function units), 0.8 GB written, 9.7 GB from L2. The two overlap as far as the
 programs of a multiprocessor are at different places.
@@ -46,20 +47,24 @@ class Tile(NamedTuple):
     stages: int
 
 
-HALF_TILE = Tile(128, 64, 256, 4, 4, 2)
+# Two programs of eight warps a multiprocessor: one's products run beside the other's exponentials.
+HALF_TILE = Tile(128, 64, 128, 4, 8, 3)
+WIDE_TILE = Tile(64, 64, 256, 4, 4, 2)  # heads of more than 128 dims
 FLOAT_TILE = Tile(64, 64, 32, 4, 4, 2)  # no tensor cores
 
 
-def tile_of(item_size: int) -> Tile:
+def tile_of(item_size: int, head_dim: int) -> Tile:
     """The tile for inputs of ``item_size`` bytes an element."""
-    return FLOAT_TILE if item_size == 4 else HALF_TILE
+    if item_size == 4:
+        return FLOAT_TILE
+    return HALF_TILE if head_dim <= 128 else WIDE_TILE
 
 
 @triton.jit
 def _products(
     q, queries, keys, m, j, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
-    """Products of the query proxies ``m`` (in ``q``, unless dims are taken in parts) and the blocks ``j`` of a plane."""
+    """Products of query proxies ``m`` (in ``q`` unless dims are taken in parts) and the blocks ``j`` of a plane."""
     if BLOCK_D == WIDTH:
         k = tl.load(keys + j[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
         if UPCAST:  # the interpreter's dot product takes bfloat16 for integers
@@ -110,32 +115,27 @@ def _plain_tile(
 @triton.jit
 def _edge_tile(
     q, queries, keys, plane, m, j, j_safe, low, high, kinds, real_low, real_high, scale, OUTLIERS: tl.constexpr,
-    MEANS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    MEANS: tl.constexpr, BLOCK: tl.constexpr, LOG_TOKENS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """(sums, top) of any tile; ``kinds`` points at the classes of each proxy's row, or is None."""
     top = tl.full((m.shape[0],), -1.0e30, tl.float32)
     sums = tl.zeros((m.shape[0], j.shape[0]), dtype=tl.float32)
-    allowed = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
-    if kinds is not None:
-        allowed = allowed & (tl.load(kinds[:, None] + j[None, :], mask=allowed, other=0) > 0)
-    for p in range(0, OUTLIERS + MEANS):
+    first, end = tl.min(j, axis=0) * BLOCK, (tl.max(j, axis=0) + 1) * BLOCK
+    # Not hoisted: comparing anew costs less than holding a flag for every pair.
+    for p in tl.range(0, OUTLIERS + MEANS, disable_licm=True):
         s = _products(q, queries, keys + p * plane, m, j_safe, WIDTH, BLOCK_D, PRECISION, UPCAST)
-        s = s * scale + _log_stood_for(p, j, real_low, real_high, OUTLIERS, MEANS, BLOCK)[None, :]
-        s = tl.where(allowed, s, float("-inf"))
+        log_tokens = tl.zeros((j.shape[0],), tl.float32) + tl.where(p < OUTLIERS, 0.0, LOG_TOKENS)
+        if (first < real_low) | (end > real_high):
+            log_tokens = _log_stood_for(p, j, real_low, real_high, OUTLIERS, MEANS, BLOCK)
+        allowed = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
+        if kinds is not None:
+            allowed = allowed & (tl.load(kinds[:, None] + j[None, :], mask=allowed, other=0) > 0)
+        s = tl.where(allowed, s * scale + log_tokens[None, :], float("-inf"))
         higher = tl.maximum(top, tl.max(s, axis=1))
         sums = sums * tl.exp2(top - higher)[:, None] + tl.exp2(s - higher[:, None])
         top = higher
     return sums, top
-
-
-@triton.jit
-def _classes_of(classes, b, h, i, stride_b, stride_h, stride_r):
-    """Where the classes of each row begin, or None."""
-    if classes is None:
-        return None
-    else:
-        return classes + (b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h) + i.to(tl.int64) * stride_r
 
 
 @triton.jit
@@ -154,7 +154,7 @@ def _sums_kernel(
     tops_stride, tops_plane, rows_stride_b, class_stride_b, class_stride_h, class_stride_r, plane, scale,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, OUTLIERS: tl.constexpr,
     MEANS: tl.constexpr, BLOCK: tl.constexpr, LOG_TOKENS: tl.constexpr, SPAN: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """One program BLOCK_M query proxies and SPAN tiles of key blocks: (b, kv head) slowest, then the tiles, then the
     (query proxies, head of the group) that share them, last rows first.
@@ -181,13 +181,22 @@ def _sums_kernel(
     some = high > low
     begin = tl.maximum(span * SPAN, tl.min(tl.where(some, low, 2147483647), axis=0) // BLOCK_J)
     end = tl.minimum((span + 1) * SPAN, tl.cdiv(tl.max(tl.where(some, high, 0), axis=0), BLOCK_J))
-    if begin < end:
-        real_low, real_high = _valid_range(key_start, key_end, b, k_len)
-        plain_low = tl.maximum(tl.max(low, axis=0), tl.cdiv(real_low, BLOCK))
-        plain_high = tl.minimum(tl.min(high, axis=0), real_high // BLOCK)
+    real_low, real_high = _valid_range(key_start, key_end, b, k_len)
+    # tiles of which every pair is allowed and every key real; with a class table none is known to be
+    plain_begin = tl.cdiv(tl.maximum(tl.max(low, axis=0), tl.cdiv(real_low, BLOCK)), BLOCK_J)
+    plain_end = tl.minimum(tl.min(high, axis=0), real_high // BLOCK) // BLOCK_J
+    if classes is not None:
+        plain_end = begin
+    plain_begin = tl.minimum(tl.maximum(plain_begin, begin), end)
+    plain_end = tl.maximum(tl.minimum(plain_end, end), plain_begin)
+    tiles = plain_end - plain_begin
+    if EDGE:
+        tiles = end - begin - tiles
+    if tiles > 0:
+        kinds = classes
         if classes is not None:
-            plain_high = plain_high * 0  # what is allowed is for the table to say
-        kinds = _classes_of(classes, b, h, i, class_stride_b, class_stride_h, class_stride_r)
+            kinds = classes + (b.to(tl.int64) * class_stride_b + h.to(tl.int64) * class_stride_h)
+            kinds = kinds + i.to(tl.int64) * class_stride_r
         first = (b * Q_HEADS + h).to(tl.int64) * (count * P)
         queries += first * WIDTH
         keys += bkv.to(tl.int64) * (OUTLIERS + MEANS) * plane
@@ -196,29 +205,35 @@ def _sums_kernel(
             q = tl.load(queries + m[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
             if UPCAST:
                 q = q.to(tl.float32)
-        for tile in range(begin, end):
-            j = tile * BLOCK_J + tl.arange(0, BLOCK_J)
-            if (tile * BLOCK_J >= plain_low) & ((tile + 1) * BLOCK_J <= plain_high):
+        for n in range(0, tiles):
+            if EDGE:
+                tile = tl.where(begin + n < plain_begin, begin + n, plain_end + (n - (plain_begin - begin)))
+                j = tile * BLOCK_J + tl.arange(0, BLOCK_J)
+                total, top = _edge_tile(q, queries, keys, plane, m, j, tl.minimum(j, k_blocks - 1), low, high, kinds,
+                                        real_low, real_high, scale, OUTLIERS, MEANS, BLOCK, LOG_TOKENS, WIDTH, BLOCK_D,
+                                        PRECISION, UPCAST)  # fmt: skip
+            else:
+                tile = plain_begin + n
+                j = tile * BLOCK_J + tl.arange(0, BLOCK_J)
                 total, top = _plain_tile(q, queries, keys, plane, m, j, scale, OUTLIERS, MEANS, LOG_TOKENS, WIDTH,
                                          BLOCK_D, PRECISION, UPCAST)  # fmt: skip
-            else:
-                total, top = _edge_tile(q, queries, keys, plane, m, j, tl.minimum(j, k_blocks - 1), low, high, kinds,
-                                        real_low, real_high, scale, OUTLIERS, MEANS, BLOCK, WIDTH, BLOCK_D, PRECISION,
-                                        UPCAST)  # fmt: skip
             _store_tile(sums, tops, (first + m) * sums_stride, (first + m) * tops_stride + tile, tops_plane, total,
                         top, in_m, j, width)  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
-def _sums_meta(keys: Plane, queries: Plane, item_size: int, tile: Tile) -> tuple[float, dict[str, object]]:
-    """(scale in base 2, compile-time arguments) of the sums."""
+def _sums_meta(keys: Plane, queries: Plane, item_size: int, tile: Tile) -> tuple[float, tuple[dict[str, object], ...]]:
+    """scale in base 2, and the compile-time arguments of the plain tiles' launch and of the others'."""
     meta = dict(
         Q_HEADS=queries.heads, KV_HEADS=keys.heads, WIDTH=keys.width, P=queries.proxies, OUTLIERS=keys.outliers,
         MEANS=keys.means, BLOCK=keys.block, LOG_TOKENS=log2(keys.block / keys.means), SPAN=tile.span,
         PRECISION="ieee" if item_size == 4 else "tf32", UPCAST=INTERPRETED, BLOCK_M=tile.block_m, BLOCK_J=tile.block_j,
         BLOCK_D=min(tile.block_d, keys.width), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return log2(exp(1)) / sqrt(keys.head_dim), meta
+    edge = {**meta, "EDGE": True}
+    if tile.block_m * tile.block_j <= 32 * 32 * tile.warps:  # then two programs fit a multiprocessor, with few spills
+        edge["maxnreg"] = 32768 // (32 * tile.warps)
+    return log2(exp(1)) / sqrt(keys.head_dim), ({**meta, "EDGE": False}, edge)
 
 
 def sum_tiles(
@@ -244,7 +259,7 @@ def sum_tiles(
         restrictions: classes, key_start, key_end.
     """
     query_plane, key_plane = planes
-    scale, meta = _sums_meta(key_plane, query_plane, queries.element_size(), tile)
+    scale, (meta, edge_meta) = _sums_meta(key_plane, query_plane, queries.element_size(), tile)
     classes, key_start, key_end = restrictions
     proxies = chunk.height * query_plane.proxies
     tiles = -(-chunk.width // tile.block_j)
@@ -255,6 +270,7 @@ def sum_tiles(
     )  # fmt: skip
     programs = batch * query_plane.heads * -(-proxies // tile.block_m) * -(-tiles // tile.span)
     launch(_sums_kernel, programs, args, meta, plan, ("sums", chunk.row))
+    launch(_sums_kernel, programs, args, edge_meta, plan, ("edges", chunk.row))
 
 
 def sums_stride(width: int) -> int:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stem_flex.plumbing.binding import BoundLayout, bind
 from stem_flex.plumbing.geometry import Geometry, Spans
+from stem_flex.plumbing.recipes import Picklable
 from stem_flex.plumbing.structure import Structure
 
 
-class Layout(Structure):
+class Layout(Picklable, Structure):
     """Base of all layouts; the functions of `stem_flex.layout` make one."""
 
     def __and__(self, other: Layout) -> Layout:
@@ -53,8 +55,9 @@ class And(Layout):
     def parts(self) -> tuple[Layout, ...]:
         return self.left.parts() + self.right.parts()
 
-    def reads(self) -> tuple[Tensor | float, ...]:
-        return self.left.reads() + self.right.reads()
+    def reads(self) -> tuple[Any, ...] | None:
+        left, right = self.left.reads(), self.right.reads()
+        return None if left is None or right is None else left + right
 
 
 @dataclass(frozen=True, eq=False)

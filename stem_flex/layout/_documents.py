@@ -48,7 +48,7 @@ class Documents(Layout):
     def document_spans(self) -> tuple[Tensor, Tensor]:
         return self.starts, self.ends
 
-    def reads(self) -> tuple[Tensor | float, ...]:
+    def reads(self) -> tuple[Tensor, ...]:
         return () if self.from_host else (self.starts, self.ends)
 
     def sizes(self) -> tuple[int, int]:

@@ -51,7 +51,7 @@ class Padding(Layout):
         positions = geometry.positions_of(start)
         return start[:, None].expand_as(positions), end[:, None].expand_as(positions)
 
-    def reads(self) -> tuple[Tensor | float, ...]:
+    def reads(self) -> tuple[Tensor, ...]:
         return () if self.from_host else (self.lengths,)
 
     def sizes(self) -> tuple[int, int]:

@@ -29,7 +29,7 @@ class Prefix(Layout):
             end = (geometry.positions + 1).clamp(min=min(length, LONGEST))
         return Spans(torch.zeros_like(end), end)
 
-    def reads(self) -> tuple[Tensor | float, ...]:
+    def reads(self) -> tuple[Tensor, ...]:
         return (self.length,) if isinstance(self.length, Tensor) else ()
 
     def sizes(self) -> tuple[int, int]:

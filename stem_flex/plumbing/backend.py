@@ -77,8 +77,8 @@ def _on_cpu(q: Tensor, backend: str, needs_grad: bool, return_lse: bool) -> Deci
         raise ValueError("return_lse must be False on the CPU, got True: its flex_attention kernel gives no lse")
     if needs_grad:
         raise ValueError(
-            "q, k and v must not need gradients on the CPU: its flex_attention kernel has no backward; "
-            "use torch.no_grad() or CUDA tensors"
+            "q, k, v and what score_mod reads must not need gradients on the CPU: its flex_attention kernel has no "
+            "backward; use torch.no_grad() or CUDA tensors"
         )
     if q.dtype == torch.float64:
         raise ValueError("q must be float16, bfloat16 or float32, got float64; stem_flex.reference has float64")

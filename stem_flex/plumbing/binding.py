@@ -14,11 +14,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from stem_flex.plumbing.captured import state_of
+from stem_flex.plumbing.ambient import without_autocast
 from stem_flex.plumbing.classes import EMPTY, classify
 from stem_flex.plumbing.geometry import LONGEST, Geometry, Spans
 from stem_flex.plumbing.mods import MaskModFn, all_of, causal_mask, inside, interval_mod
+from stem_flex.plumbing.recipes import Picklable
 from stem_flex.plumbing.structure import Structure
+from stem_flex.plumbing.watched import state_of, tell_changes
 
 _MEMO_ENTRIES = 64
 
@@ -28,7 +30,7 @@ def _column(index: int) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class BoundLayout:
+class BoundLayout(Picklable):
     """Block-level facts of a layout at given sizes.
 
     Attributes:
@@ -99,10 +101,13 @@ class BoundLayout:
 
     def remembered(self, key: Any, make: Callable[[], Any]) -> Any:
         """``make()``, kept under ``key`` for as long as the binding is; of a graph being captured nothing is kept."""
-        if self.memo is not None and key in self.memo:
+        if self.memo is None:
+            return make()
+        if key in self.memo:
             return self.memo[key]
-        value = make()
-        if self.memo is not None and not (self.rows.is_cuda and torch.cuda.is_current_stream_capturing()):
+        with torch.inference_mode(False), torch.no_grad():  # what is remembered also serves training
+            value = make()
+        if not (self.rows.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.memo[key] = value
         return value
 
@@ -111,6 +116,17 @@ class BoundLayout:
         if self.classes is not None or self.spans is not None:
             return self.spans
         return _token_spans(self.layout.parts(), self.geometry, None)  # plain causal: nothing that could change
+
+    def prompts(self) -> tuple[Tensor, Tensor]:
+        """Keys [start, end) of the prompt that each row's first real query belongs to, int32 (1 or B, Qb) each."""
+        geometry = self.geometry
+        valid = _intersection([part.valid(geometry) for part in self.layout.parts()])
+        real = rearrange(_real_queries(geometry, valid), "b (i q) -> b i q", q=geometry.q_block)
+        by_block = [
+            rearrange(x, "b (i q) -> b i q", q=geometry.q_block) for x in _prompt(self.layout.parts(), geometry)
+        ]
+        start, end = (_first_real(x, real) for x in torch.broadcast_tensors(*by_block))
+        return start, end
 
     def allowed(self) -> Tensor:
         """Which pairs of blocks are allowed, bool (1 or B, 1 or H, Qb, Kb): for small sizes and tests."""
@@ -150,10 +166,11 @@ def bind(
     if not lengths_known or torch.compiler.is_compiling():
         return _bind(layout, Geometry.of(*key), memo=False)
     reads = layout.reads()
-    tensors = [x for x in reads if isinstance(x, Tensor)]
+    if reads is None:
+        return _bind(layout, Geometry.of(*key), memo=False)
+    tensors = [x for x in reads if isinstance(x, Tensor)] if reads else None
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if tensors and (capturing or any(tensor.is_inference() for tensor in tensors)):
-        # a graph reads the tensors when it is replayed; inference tensors don't tell when they change
+    if tensors and (capturing or not tell_changes(tensors)):  # a graph reads the tensors when it is replayed
         return _bind(layout, Geometry.of(*key), memo=False)
     memo: dict[tuple, tuple[BoundLayout, tuple, tuple]] = layout.__dict__.setdefault("_memo", {})
     state = state_of(reads)
@@ -175,6 +192,7 @@ def bind(
 _kept_for_graphs: dict[int, BoundLayout] = {}  # a graph replays their addresses for as long as it lives
 
 
+@without_autocast
 def _bind(layout: Structure, geometry: Geometry, memo: bool) -> BoundLayout:
     parts = layout.parts()
     valid = _intersection([part.valid(geometry) for part in parts])

@@ -52,20 +52,6 @@ def code_of(f: Callable | None, constants: tuple[type, ...]) -> Code:
     return Code(code or (f,), tuple(text), any(fixed))
 
 
-def state_of(values: tuple) -> tuple:
-    """What tells whether any of these tensors and numbers changed; compare while the tensors are alive.
-
-    Inference tensors don't tell when they change, and are never equal to themselves.
-    """
-    return tuple(_state(x) for x in values)
-
-
-def _state(x: object) -> object:
-    if not isinstance(x, Tensor):
-        return x
-    return object() if x.is_inference() else (id(x), x._version)
-
-
 def _walk(x: object, names: frozenset[str], depth: int, seen: set[int]) -> Iterator[Tensor | float | FunctionType]:
     """Through ``x``, of whose attributes the code that holds it reads ``names``."""
     if isinstance(x, Tensor | int | float):

@@ -6,6 +6,7 @@ import inspect
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from stem_flex.config import StemConfig
 from stem_flex.plumbing.sharded import is_dtensor
@@ -20,6 +21,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.is_nested or x.layout is not torch.strided:
+            _refuse_layout(name, x)
         if is_dtensor(x):
             raise TypeError(
                 f"{name} must be a plain tensor here, got a DTensor; stem_attention takes them, or .to_local()"
@@ -36,12 +39,52 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
         if x.shape[0] != q.shape[0]:
             raise ValueError(f"{name} must have q's batch size {q.shape[0]}, got {x.shape[0]}")
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        _refuse_vmap(q, k, v)
     if k.shape[3] != q.shape[3]:
         raise ValueError(f"k must have q's head dim {q.shape[3]}, got {k.shape[3]}")
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v must have k's shape {tuple(k.shape[:3])} but for Dv, got {tuple(v.shape[:3])}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"q must have a multiple of k's {k.shape[1]} heads, got {q.shape[1]}")
+
+
+def _refuse_layout(name: str, x: Tensor) -> None:
+    if x.is_nested:
+        raise ValueError(
+            f"{name} must be one dense tensor, got a nested one; give its sequences as one row, (1, H, tokens, D), "
+            "with layout.documents(cu_seqlens=offsets), or padded, with layout.padding(lengths)"
+        )
+    raise ValueError(f"{name} must be a dense tensor, got {x.layout}; call .to_dense()")
+
+
+def _refuse_vmap(*tensors: Tensor) -> None:
+    if any(torch._C._functorch.is_batchedtensor(x) for x in tensors):
+        raise ValueError(
+            "q, k and v must not be batched by torch.vmap, which no flex_attention kernel takes; "
+            "make the mapped dimension part of the batch, their first one"
+        )
+
+
+def check_block_mask(name: str, block_mask: object) -> None:
+    """Raise TypeError unless it is a BlockMask, ValueError unless it is a whole one.
+
+    Slicing a BlockMask by query blocks leaves it the lengths of the whole, slicing any way takes its mask_mod away.
+    """
+    if not isinstance(block_mask, BlockMask):
+        raise TypeError(f"{name} must be a BlockMask, got {type(block_mask).__name__}")
+    shape, tokens = tuple(block_mask.kv_num_blocks.shape), block_mask.seq_lengths[0]
+    rows = -(-tokens // block_mask.BLOCK_SIZE[0])
+    if len(shape) != 3 or shape[2] != rows:
+        raise ValueError(
+            f"{name} must have (B, H, {rows}) rows of blocks for its {tokens} queries, got {shape}: a slice keeps the "
+            "lengths of the whole; build the mask of these queries, with their q_offset"
+        )
+    if getattr(block_mask.mask_mod, "__name__", None) == "_sliced_mask_mod_error":
+        raise ValueError(
+            f"{name} must have a mask_mod, got a slice of a BlockMask, which has none; set its mask_mod, for the "
+            "batch rows and heads that it holds"
+        )
 
 
 def check_config(config: StemConfig | None) -> StemConfig:
@@ -72,7 +115,7 @@ def check_int_tensor(name: str, tensor: Tensor, dim: int) -> None:
 def as_int_tensor(name: str, values: object, *dims: int) -> Tensor:
     """``values`` as an int tensor of ``dims`` dimensions; raise TypeError or ValueError naming it."""
     try:
-        tensor = torch.as_tensor(values)
+        tensor = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be ints, a list or a tensor, got {values!r}") from error
     if tensor.numel() == 0:

@@ -6,9 +6,10 @@ import functools
 import itertools
 import types
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
+from torch import Tensor
 
 _FIXED_SIZES = 256  # compilations of a kind of call whose sizes can't be left open
 MOST_CONSTANTS = 64  # sets of numbers that a kind of call may have compiled in
@@ -75,3 +76,24 @@ def _compiled(f: types.FunctionType, kind: Hashable, dynamic: bool | None, const
 def _copy(f: types.FunctionType, name: str) -> types.FunctionType:
     code = f.__code__.replace(co_name=name)
     return types.FunctionType(code, f.__globals__, f.__name__, f.__defaults__)
+
+
+def apart(*tensors: Tensor) -> Sequence[Tensor]:
+    """``tensors`` as buffers of their own where they are traced into one graph with flex_attention on the CPU.
+
+    Inductor's C++ template reads buffers that are inputs of the graph or results of operators it can't see into: of two
+    views of one buffer it declares only one, and what it would compute on the way it doesn't find.
+    """
+    if not torch.compiler.is_compiling() or tensors[0].device.type != "cpu":
+        return tensors
+    return _apart(list(tensors))
+
+
+@torch.library.custom_op("stem_flex::apart", mutates_args=())
+def _apart(views: list[Tensor]) -> list[Tensor]:
+    return [view.clone(memory_format=torch.contiguous_format) for view in views]
+
+
+@_apart.register_fake
+def _(views):
+    return [torch.empty(view.shape, dtype=view.dtype, device=view.device) for view in views]

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from stem_flex.plumbing.compiled import apart
 from stem_flex.plumbing.geometry import Geometry, Spans
+from stem_flex.plumbing.recipes import with_recipe
 
 MaskModFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -23,21 +25,27 @@ def interval_mod(plain_causal: bool, geometry: Geometry, spans: Spans) -> MaskMo
     """mask_mod of one interval of keys for each query; of plain causal ones at offset 0 :func:`causal_mask`."""
     if plain_causal and geometry.kv_len is None and isinstance(geometry.q_offset, int) and geometry.q_offset == 0:
         return causal_mask
-    start, end = (x.contiguous() for x in torch.broadcast_tensors(*spans))
-    if start.shape[0] == 1:
-        start, end = start[0], end[0]
+    start, end = apart(*(x.contiguous() for x in torch.broadcast_tensors(*spans)))
+    return _one_interval(start[0], end[0]) if start.shape[0] == 1 else _interval_by_row(start, end)
 
-        def interval_mask(b, h, q, kv):
-            return (kv >= start[q]) & (kv < end[q])
 
-        return interval_mask
+@with_recipe
+def _one_interval(start: Tensor, end: Tensor) -> MaskModFn:
+    def interval_mask(b, h, q, kv):
+        return (kv >= start[q]) & (kv < end[q])
 
+    return interval_mask
+
+
+@with_recipe
+def _interval_by_row(start: Tensor, end: Tensor) -> MaskModFn:
     def interval_mask_by_row(b, h, q, kv):
         return (kv >= start[b, q]) & (kv < end[b, q])
 
     return interval_mask_by_row
 
 
+@with_recipe
 def below(length: int, device: torch.device, block: int = 1) -> Callable[[Tensor], Tensor]:
     """Cuts the token indices that a mask_mod is asked for, rounded up to whole blocks, to the last, ``length`` - 1.
 
@@ -53,6 +61,7 @@ def below(length: int, device: torch.device, block: int = 1) -> Callable[[Tensor
     return lambda index: table[index]
 
 
+@with_recipe
 def of_blocks(table: Tensor, lengths: tuple[int, int], block_size: tuple[int, int]) -> MaskModFn:
     """The entry of ``table``, (B or 1, H or 1, Qb, Kb), for the blocks of a query and a key, also past the lengths."""
     row, column = (below(n, table.device, block) for n, block in zip(lengths, block_size, strict=True))
@@ -78,6 +87,7 @@ def of_blocks(table: Tensor, lengths: tuple[int, int], block_size: tuple[int, in
     return of_head if heads else of_pair
 
 
+@with_recipe
 def shifted(mod: MaskModFn, start: int, length: int, whole: int, device: torch.device) -> MaskModFn:
     """``mod`` of ``whole`` queries for those of them from ``start`` on, of which there are ``length``."""
     rounded = -(-length // _WIDEST_BLOCK) * _WIDEST_BLOCK
@@ -93,8 +103,11 @@ def inside(mod: MaskModFn, geometry: Geometry) -> MaskModFn:
     """``mod`` that is never asked past the lengths."""
     if geometry.q_len % geometry.q_block == 0 and geometry.k_len % geometry.k_block == 0:
         return mod
-    real_q, real_k = below(geometry.q_len, geometry.device), below(geometry.k_len, geometry.device)
+    return _inside(mod, below(geometry.q_len, geometry.device), below(geometry.k_len, geometry.device))
 
+
+@with_recipe
+def _inside(mod: MaskModFn, real_q: Callable, real_k: Callable) -> MaskModFn:
     def inside_mask(b, h, q, kv):
         return mod(b, h, real_q(q), real_k(kv))
 
@@ -104,10 +117,11 @@ def inside(mod: MaskModFn, geometry: Geometry) -> MaskModFn:
 def all_of(mods: list[MaskModFn]) -> MaskModFn:
     """The intersection of ``mods``."""
     first, *rest = mods
-    if not rest:
-        return first
-    second = all_of(rest)
+    return _both(first, all_of(rest)) if rest else first
 
+
+@with_recipe
+def _both(first: MaskModFn, second: MaskModFn) -> MaskModFn:
     def both(b, h, q, kv):
         return first(b, h, q, kv) & second(b, h, q, kv)
 

@@ -37,8 +37,8 @@ class Structure:
         """[start, end) of the document of every token, where the layout has documents."""
         return None
 
-    def reads(self) -> tuple[Tensor | float, ...]:
-        """Tensors and numbers that the layout reads: a binding is stale once one of them changes."""
+    def reads(self) -> tuple[Any, ...] | None:
+        """What the layout reads: a binding is stale once any of it changes. None: it reads what can't be watched."""
         return ()
 
     plain_causal = False

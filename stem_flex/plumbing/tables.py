@@ -8,7 +8,7 @@ views of equal strides, as flex_attention's kernels take for granted, and of log
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from stem_flex.plumbing.binding import BoundLayout
-from stem_flex.plumbing.classes import FULL, PARTIAL
+from stem_flex.plumbing.classes import EMPTY, FULL, PARTIAL
+from stem_flex.plumbing.compiled import apart
 from stem_flex.plumbing.mods import MaskModFn, below, of_blocks
+from stem_flex.plumbing.recipes import Picklable, with_recipe
 
 _PAIRS_AT_ONCE = 2**25  # pairs of blocks compacted at a time, some 30 bytes each
 
@@ -52,13 +54,12 @@ class BlockTables:
         seq_lengths: tuple[int, int],
         block_size: tuple[int, int],
         compute_q_blocks: bool = False,
-    ) -> BlockMask:
+    ) -> StemBlockMask:
         """The BlockMask of these tables; ``compute_q_blocks`` adds what the backward pass needs."""
         partial, full = self.view(0), self.view(self.partial_columns)
         partial_counts, full_counts = self.counts[0], self.counts[1]
-        if torch.compiler.is_compiling() and self.buffer.device.type == "cpu":
-            partial, full, partial_counts, full_counts = _apart([partial, full, partial_counts, full_counts])
-        return BlockMask.from_kv_blocks(
+        partial, full, partial_counts, full_counts = apart(partial, full, partial_counts, full_counts)
+        return StemBlockMask.from_kv_blocks(
             partial_counts,
             partial,
             full_counts,
@@ -70,16 +71,36 @@ class BlockTables:
         )
 
 
-# Traced into one graph, Inductor's CPU template declares two views of one buffer only once. An opaque operator's
-# results are buffers of their own.
-@torch.library.custom_op("stem_flex::apart", mutates_args=())
-def _apart(views: list[Tensor]) -> list[Tensor]:
-    return [view.clone(memory_format=torch.contiguous_format) for view in views]
+class StemBlockMask(Picklable, BlockMask):
+    """A BlockMask whose entries behind a row's counts are arbitrary, and which pickles and copies.
 
+    Attributes:
+        structure: the bound layout, of masks that are whole.
+    """
 
-@_apart.register_fake
-def _(views):
-    return [torch.empty(view.shape, dtype=view.dtype, device=view.device) for view in views]
+    def _adjust(self, new_q_len: int, new_kv_len: int) -> StemBlockMask:
+        """The mask of the first queries and keys, as flex_attention's error about lengths proposes.
+
+        A block of which the new lengths cut a part off is partial, even if the mask_mod allows nothing in what is left.
+
+        Raises:
+            ValueError: the new lengths are longer.
+        """
+        if new_q_len > self.seq_lengths[0] or new_kv_len > self.seq_lengths[1]:
+            raise ValueError(
+                f"_adjust must be given lengths of at most {self.seq_lengths}, got {(new_q_len, new_kv_len)}; "
+                "build the mask for these lengths"
+            )
+        q_block, k_block = self.BLOCK_SIZE
+        rows, columns = -(-new_q_len // q_block), -(-new_kv_len // k_block)
+        classes = block_classes(self)[..., :rows, :columns].clone()
+        classes[..., new_q_len // q_block :, :].clamp_(max=PARTIAL)
+        classes[..., new_kv_len // k_block :].clamp_(max=PARTIAL)
+        width = -(-columns // 4) * 4
+        tables = compact(classes != EMPTY, classes, 2 * width, width)
+        return tables.block_mask(
+            self.mask_mod, (new_q_len, new_kv_len), (q_block, k_block), compute_q_blocks=self.q_indices is not None
+        )
 
 
 def table_shape(bound: BoundLayout, most_kept: int) -> tuple[int, int]:
@@ -151,8 +172,11 @@ def block_mask_mod(block_mask: BlockMask) -> MaskModFn:
     classes = block_classes(block_mask)
     class_of = of_blocks(classes, block_mask.seq_lengths, block_mask.BLOCK_SIZE)
     real_q, real_k = (below(length, classes.device) for length in block_mask.seq_lengths)
-    inner = block_mask.mask_mod
+    return _listed_mod(class_of, real_q, real_k, block_mask.mask_mod)
 
+
+@with_recipe
+def _listed_mod(class_of: MaskModFn, real_q: Callable, real_k: Callable, inner: MaskModFn) -> MaskModFn:
     def kept_mask(b, h, q, kv):
         kept = class_of(b, h, q, kv)
         return (kept == FULL) | ((kept == PARTIAL) & inner(b, h, real_q(q), real_k(kv)))

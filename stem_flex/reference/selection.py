@@ -38,7 +38,7 @@ def tpd_budget(
     Returns:
         (num_blocks,) int32: blocks of each row, before the forced ones and before clipping to the mask.
     """
-    config = config or StemConfig()
+    config, device = config or StemConfig(), torch.device("cpu") if device is None else device
     n, mu = num_blocks, config.mu
     if config.schedule == "paper":
         k = max(54.0, (0.2 if n <= 128 else 0.1) * n)
@@ -53,7 +53,7 @@ def tpd_budget(
         k = start if isinstance(start, int) else max(1, int(start * n))  # type: ignore[operator]
     rows = [k] * n
     if n - k > 1:
-        decay = torch.linspace(k, mu * k, n - k, dtype=torch.float64)
+        decay = torch.linspace(k, mu * k, n - k, dtype=torch.float64, device="cpu")
         for i in range(k, n):
             rows[i] = min(max(math.floor(decay[i - k].item()), 1), k)
     return torch.tensor(rows, dtype=torch.int32, device=device)
@@ -98,7 +98,7 @@ def _exact_scores(
     (B, Hq, Lq, _), (_, Hkv, Lk, _) = q.shape, k.shape
     BQ, BK = pair(config.block_size)
     Kb = blocks(Lk, BK)
-    scores = torch.empty(B, Hq, blocks(Lq, BQ), Kb, dtype=torch.float64)
+    scores = torch.empty(B, Hq, blocks(Lq, BQ), Kb, dtype=torch.float64, device="cpu")
     offsets = per_row(q_offset, B, 0)
     for b in range(B):
         keys = valid_range(layout, b, Lk, kv_len)
@@ -117,20 +117,21 @@ def _exact_scores(
 
 def _zero_outside(x: Tensor, valid: tuple[int, int], block: int) -> Tensor:
     """x (L, D) with zeros for invalid tokens, and zeros appended up to a whole number of blocks."""
-    out = torch.zeros(blocks(x.shape[0], block) * block, x.shape[1], dtype=x.dtype)
+    out = torch.zeros(blocks(x.shape[0], block) * block, x.shape[1], dtype=x.dtype, device=x.device)
     out[valid[0] : valid[1]] = x[valid[0] : valid[1]]
     return out
 
 
 def _routing(q: Tensor, k: Tensor, stride: int, BQ: int, BK: int) -> Tensor:
     """(Qb, Kb) mean strided antidiagonal score of one head; q and k whole blocks long."""
-    cells = torch.zeros(q.shape[0] // stride, k.shape[0] // stride, dtype=q.dtype)
+    cells = torch.zeros(q.shape[0] // stride, k.shape[0] // stride, dtype=q.dtype, device=q.device)
     for r in range(stride):
         cells += q[stride - 1 - r :: stride] @ k[r::stride].T
     nq, nk = BQ // stride, BK // stride
     # Scaled last: the means of small integers are exact, so equal scores stay equal.
     means = [[part.mean() for part in rows.split(nk, dim=1)] for rows in cells.split(nq, dim=0)]
-    return torch.tensor([[x.item() for x in row] for row in means], dtype=q.dtype) / (math.sqrt(q.shape[1]) * stride)
+    cells = torch.tensor([[x.item() for x in row] for row in means], dtype=q.dtype, device=q.device)
+    return cells / (math.sqrt(q.shape[1]) * stride)
 
 
 def value_magnitude(v: Tensor, valid: tuple[int, int], config: StemConfig) -> Tensor:
@@ -144,16 +145,17 @@ def value_magnitude(v: Tensor, valid: tuple[int, int], config: StemConfig) -> Te
 
     if config.metric == "log":
         largest = [max(valid_norms(J * BK, BK), default=0.0) for J in range(Kb)]
-        return torch.tensor([max(0.0, math.log(x)) if x > 0 else 0.0 for x in largest], dtype=torch.float64)
+        logs = [max(0.0, math.log(x)) if x > 0 else 0.0 for x in largest]
+        return torch.tensor(logs, dtype=torch.float64, device="cpu")
     groups = [valid_norms(g * s, s) for g in range(Kb * BK // s)]
     logs = [math.log(max(group, default=0.0) + 1e-6) for group in groups]
     complete = [x for x, group in zip(logs, groups, strict=True) if len(group) == s]
     if len(complete) < 2:
-        return torch.zeros(Kb, dtype=torch.float64)
+        return torch.zeros(Kb, dtype=torch.float64, device="cpu")
     mean = math.fsum(complete) / len(complete)
     std = math.sqrt(math.fsum((x - mean) ** 2 for x in complete) / (len(complete) - 1))
     relu_z = [max(0.0, (x - mean) / (std + 1e-6)) if g else 0.0 for x, g in zip(logs, groups, strict=True)]
-    return torch.tensor(relu_z, dtype=torch.float64).reshape(Kb, BK // s).mean(dim=1)
+    return torch.tensor(relu_z, dtype=torch.float64, device="cpu").reshape(Kb, BK // s).mean(dim=1)
 
 
 def rank(scores: list[float], candidates: list[int]) -> list[int]:
@@ -176,7 +178,7 @@ def forced_blocks(allowed: list[int], own_lo: int, own_hi: int, sink: int, local
 
 def row_budgets(budget: int | Tensor, B: int, Hq: int, Qb: int) -> Tensor:
     """A budget given as int, (Qb,), (Hq, Qb) or (B, Hq, Qb), for every row: (B, Hq, Qb)."""
-    given = budget if isinstance(budget, Tensor) else torch.tensor(budget)
+    given = budget if isinstance(budget, Tensor) else torch.tensor(budget, dtype=torch.int64, device="cpu")
     return given.cpu().broadcast_to(B, Hq, Qb)
 
 

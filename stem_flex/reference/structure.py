@@ -64,17 +64,17 @@ def token_mask(
         (B, H, Lq, Lk) bool, True = attend.
     """
     offset, keys = per_row(q_offset, B, 0), per_row(kv_len, B, Lk)
-    mask = torch.zeros(B, H, Lq, Lk, dtype=torch.bool)
+    mask = torch.zeros(B, H, Lq, Lk, dtype=torch.bool, device="cpu")
     for b in range(B):
-        p = torch.arange(Lq)[:, None] + offset[b]
-        j = torch.arange(Lk)[None, :]
+        p = torch.arange(Lq, device="cpu")[:, None] + offset[b]
+        j = torch.arange(Lk, device="cpu")[None, :]
         mask[b] = _layout_mask(layout, b, p, j, (B, H, Lq, Lk), keys[b]) & (j < keys[b])
     return mask
 
 
 def _layout_mask(layout: Any, b: int, p: Tensor, j: Tensor, sizes: tuple, keys: int) -> Tensor:
     """(H or 1, Lq, Lk) bool of batch row b; p (Lq, 1) query positions, j (1, Lk) key positions."""
-    everything = torch.ones(1, p.shape[0], j.shape[1], dtype=torch.bool)
+    everything = torch.ones(1, p.shape[0], j.shape[1], dtype=torch.bool, device="cpu")
     match _kind(layout):
         case "Causal":
             return everything & (p >= j)
@@ -86,13 +86,13 @@ def _layout_mask(layout: Any, b: int, p: Tensor, j: Tensor, sizes: tuple, keys: 
             return everything & ((j < per_row(layout.length, b + 1, 0)[b]) | (p >= j))
         case "Documents":
             doc_of = {t: d for d, (lo, hi) in enumerate(document_ranges(layout, b)) for t in range(lo, hi)}
-            at = torch.tensor([doc_of.get(int(x), -1) for x in p.reshape(-1)])[:, None]
-            key = torch.tensor([doc_of.get(int(x), -2) for x in j.reshape(-1)])[None, :]
-            return everything & (at == key) & ((p >= j) | torch.tensor(not layout.causal))
+            at = _integers([doc_of.get(int(x), -1) for x in p.reshape(-1)])[:, None]
+            key = _integers([doc_of.get(int(x), -2) for x in j.reshape(-1)])[None, :]
+            return everything & (at == key) & ((p >= j) | (not layout.causal))
         case "Padding":
             start, end = padding_range(layout, b, keys)
             inside = (p >= start) & (p < end) & (j >= start) & (j < end)
-            return everything & inside & ((p >= j) | torch.tensor(not layout.causal))
+            return everything & inside & ((p >= j) | (not layout.causal))
         case "MaskMod":
             return create_mask(layout.f, *sizes, device="cpu")[b]
         case "FromBlockMask":
@@ -103,6 +103,10 @@ def _layout_mask(layout: Any, b: int, p: Tensor, j: Tensor, sizes: tuple, keys: 
             return left & _layout_mask(layout.right, b, p, j, sizes, keys)
         case kind:
             raise TypeError(f"layout must be an object of stem_flex.layout, got {kind}")
+
+
+def _integers(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def _kind(layout: Any) -> str:
@@ -232,7 +236,7 @@ def block_classes(mask: Tensor, block_size: int | tuple[int, int]) -> Tensor:
     """
     BQ, BK = pair(block_size)
     Lq, Lk = mask.shape[-2:]
-    classes = torch.zeros(*mask.shape[:-2], blocks(Lq, BQ), blocks(Lk, BK), dtype=torch.int8)
+    classes = torch.zeros(*mask.shape[:-2], blocks(Lq, BQ), blocks(Lk, BK), dtype=torch.int8, device="cpu")
     for i in range(classes.shape[-2]):
         for j in range(classes.shape[-1]):
             cells = mask[..., i * BQ : (i + 1) * BQ, j * BK : (j + 1) * BK]
@@ -250,7 +254,7 @@ def dense_blocks(block_mask: BlockMask) -> tuple[Tensor, Tensor]:
         (block_mask.full_kv_num_blocks, block_mask.full_kv_indices),
     ):
         B, H, Qb = block_mask.kv_num_blocks.shape
-        kept = torch.zeros(B, H, Qb, Kb, dtype=torch.bool)
+        kept = torch.zeros(B, H, Qb, Kb, dtype=torch.bool, device="cpu")
         if counts is not None and indices is not None:
             for b in range(B):
                 for h in range(H):

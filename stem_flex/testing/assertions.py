@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from stem_flex import reference
+from stem_flex.plumbing.ambient import without_autocast
 
 _SHOWN = 5  # indices named in a failure
 
@@ -115,6 +116,7 @@ def _row_classes(m: BlockMask) -> Iterator[tuple[int, Tensor]]:
         yield row, (counts > 0).to(torch.int8) + (counts == q_block * k_block).to(torch.int8)
 
 
+@without_autocast
 def assert_matches_dense(
     block_mask: BlockMask,
     q: Tensor,
@@ -203,11 +205,12 @@ def assert_selection_optimal(
     """
     scores = scores.detach().double().cpu()
     legal = (~scores.isneginf() if allowed is None else allowed.cpu()).broadcast_to(scores.shape)
-    needed = legal & (torch.tensor(False) if forced is None else forced.cpu())
-    budgets = torch.as_tensor(budget).cpu().broadcast_to(scores.shape[:3])
+    needed = legal & (torch.tensor(False, dtype=torch.bool, device="cpu") if forced is None else forced.cpu())
+    given = budget if isinstance(budget, Tensor) else torch.tensor(budget, dtype=torch.int64, device="cpu")
+    budgets = given.cpu().broadcast_to(scores.shape[:3])
     partial, full = reference.dense_blocks(block_mask)
     keep = (partial | full).broadcast_to(scores.shape)
-    for b, h, i in torch.cartesian_prod(*(torch.arange(size) for size in scores.shape[:3])).tolist():
+    for b, h, i in torch.cartesian_prod(*(torch.arange(size, device="cpu") for size in scores.shape[:3])).tolist():
         row = scores[b, h, i].tolist()
         candidates = legal[b, h, i].nonzero().flatten().tolist()
         must = set(needed[b, h, i].nonzero().flatten().tolist())

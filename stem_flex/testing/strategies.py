@@ -59,7 +59,7 @@ def qkv(
         Dv = D if value_dims is None else draw(st.sampled_from(list(value_dims)))
         dtype = draw(st.sampled_from(list(dtypes)))
         integers = draw(st.booleans()) if ties is None else ties
-        generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
+        generator = torch.Generator("cpu").manual_seed(draw(st.integers(0, 2**31 - 1)))
         shapes = ((B, Hq, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, Dv))
         q, k, v = (_values(shape, integers, generator).to(device, dtype) for shape in shapes)
         return q, k, v
@@ -69,9 +69,9 @@ def qkv(
 
 def _values(shape: tuple[int, ...], integers: bool, generator: torch.Generator) -> Tensor:
     if integers:
-        return torch.randint(-2, 3, shape, generator=generator).float()
-    scale = torch.rand(*shape[:-1], 1, generator=generator).mul(2).exp()
-    return torch.randn(shape, generator=generator) * scale
+        return torch.randint(-2, 3, shape, generator=generator, device="cpu").float()
+    scale = torch.rand(*shape[:-1], 1, generator=generator, dtype=torch.float32, device="cpu").mul(2).exp()
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * scale
 
 
 def stem_configs(
@@ -177,9 +177,14 @@ def _head_window(size: int, seed: int, q: Any, k: Any) -> Callable:
     return _named(lambda b, h, i, j: (i >= j) & (i - j < size * (h + 1)), f"head_window_{size}")
 
 
+def _uniform(shape: tuple[int, ...], seed: int) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
 def _document_table(size: int, seed: int, q: Tensor, k: Tensor) -> Callable:
     tokens = max(q.shape[2], k.shape[2])
-    ids = torch.rand(tokens, generator=torch.Generator().manual_seed(seed)).lt(1 / size).cumsum(0).to(q.device)
+    ids = _uniform((tokens,), seed).lt(1 / size).cumsum(0).to(q.device)
     last = tokens - 1
     return _named(lambda b, h, i, j: (ids[i.clamp(max=last)] == ids[j.clamp(max=last)]) & (i >= j), f"documents_{size}")
 
@@ -187,7 +192,7 @@ def _document_table(size: int, seed: int, q: Tensor, k: Tensor) -> Callable:
 def _block_table(size: int, seed: int, q: Tensor, k: Tensor) -> Callable:
     (B, H, Lq, _), Lk = q.shape, k.shape[2]
     rows, columns = -(-Lq // 16), -(-Lk // 16)
-    kept = torch.rand(B, H, rows, columns, generator=torch.Generator().manual_seed(seed)).lt(0.6).to(q.device)
+    kept = _uniform((B, H, rows, columns), seed).lt(0.6).to(q.device)
 
     def block_table(b: Any, h: Any, i: Any, j: Any) -> Any:
         return kept[b, h, (i // 16).clamp(max=rows - 1), (j // 16).clamp(max=columns - 1)]
@@ -247,14 +252,16 @@ def _part(draw: Callable, st: Any, kind: str, q: Any, k: Any, longest: int, caus
     if kind == "padding":
         lengths = draw(st.lists(st.integers(0, longest), min_size=B, max_size=B))
         side = draw(st.sampled_from(["left", "right"]))
-        return layout_module.padding(torch.tensor(lengths, device=q.device), side, causal=causal)
+        return layout_module.padding(torch.tensor(lengths, dtype=torch.int64, device=q.device), side, causal=causal)
     if kind == "documents":
         cuts = sorted(draw(st.lists(st.integers(0, longest), max_size=5)))
-        bounds = torch.tensor([0, *cuts, longest], device=q.device)
+        bounds = torch.tensor([0, *cuts, longest], dtype=torch.int64, device=q.device)
         return layout_module.documents(bounds, causal=causal)
     rows = [sorted(draw(st.lists(st.integers(0, longest), max_size=5))) for _ in range(B)]
-    ids = torch.stack([torch.bucketize(torch.arange(longest), torch.tensor(row, dtype=torch.long)) for row in rows])
-    return layout_module.documents(ids=ids.to(q.device), causal=causal)
+    tokens = torch.arange(longest, device=q.device)
+    cuts = [torch.tensor(row, dtype=torch.int64, device=q.device) for row in rows]
+    ids = torch.stack([torch.bucketize(tokens, row) for row in cuts])
+    return layout_module.documents(ids=ids, causal=causal)
 
 
 def _from_mask_mod(draw: Callable, st: Any, kind: str, q: Tensor, k: Tensor) -> Any:

@@ -1,0 +1,126 @@
+"""The published selectors at their published settings, floors and ceilings: each by its own budget rule."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from stem_flex.selectors import (
+    cosa,
+    flashprefill,
+    flexprefill,
+    minference,
+    oracle,
+    prism,
+    proxyattn,
+    spargeattn,
+    static,
+    vecattention,
+    xattention,
+)
+from stem_flex.selectors.rules import PREFERRED, Above, Coverage, Part, Relative
+from stem_flex.selectors.selector import Selector
+
+
+def _forced(sink: int, local: int, **settings: Any) -> dict[str, Any]:
+    """Settings with the method's own first and last blocks in place of the caller's."""
+    return {"sink_blocks": sink, "local_blocks": local, **settings}
+
+
+SELECTORS = (
+    Selector("dense", static.dense, "everything", _forced(0, 0), budget=Above(PREFERRED)),
+    Selector(
+        "a-shape",
+        static.a_shape,
+        "the first 128 keys and the last 3,968 (StreamingLLM)",
+        _forced(0, 0),
+        budget=Above(PREFERRED),
+    ),
+    Selector(
+        "tri-shape",
+        static.tri_shape,
+        "A-shape, and everything for the last 100 queries",
+        _forced(0, 0),
+        budget=Above(PREFERRED),
+    ),
+    Selector("random", static.scattered, "a hash of the pair's place: a floor", {"mu": 1.0}),
+    Selector("uniform", static.means, "mean query times mean key, the same budget for every row", {"mu": 1.0}),
+    Selector(
+        "minference",
+        minference.scores,
+        "vertical-slash: 1,000 columns and 6,096 diagonals of each head",
+        _forced(0, 0),
+        budget=Above(PREFERRED),
+    ),
+    Selector(
+        "flexprefill",
+        flexprefill.scores,
+        "vertical-slash or query-aware, as the last queries say",
+        _forced(0, 0),
+        budget=Above(PREFERRED),
+    ),
+    Selector(
+        "xattention",
+        xattention.scores,
+        "mass of strided antidiagonals, 90 % of it",
+        _forced(1, 1, stride=16),
+        budget=Coverage(0.9),
+    ),
+    Selector(
+        "flashprefill",
+        flashprefill.scores,
+        "every query against mean keys, blocks from 0.2 of the row's best",
+        _forced(2, 4),
+        budget=Relative(0.2, full_rows=2),
+    ),
+    Selector(
+        "flashprefill-v2",
+        flashprefill.scores,
+        "the same from 0.1 of the row's best, the last 8 rows dense",
+        _forced(2, 4),
+        budget=Relative(0.1, full_rows=8),
+    ),
+    Selector(
+        "spargeattn",
+        spargeattn.scores,
+        "block means where tokens are alike, 98 % of their softmax, and all blocks that are not",
+        _forced(0, 1),
+        budget=Coverage(0.98, floor=1, crossing=False),
+    ),
+    Selector(
+        "spargeattn-topk",
+        functools.partial(spargeattn.scores, similarity=-0.1),
+        "the same, half of all key blocks",
+        _forced(0, 1),
+        budget=Part(0.5),
+    ),
+    Selector(
+        "cosa",
+        cosa.scores,
+        "antidiagonal peaks, blocks with a row's peak first, 80 % of the mass",
+        _forced(1, 1),
+        budget=Coverage(0.8),
+    ),
+    Selector(
+        "vecattention",
+        vecattention.scores,
+        "keys from 0.1 of the best for the mean query",
+        _forced(1, 1),
+        budget=Relative(0.1),
+    ),
+    Selector(
+        "prism",
+        prism.scores,
+        "block means in bands of fast and slow rotary dimensions, 95 % of each",
+        _forced(1, 1),
+        budget=Above(1 - 0.95),
+    ),
+    Selector(
+        "proxyattn",
+        proxyattn.scores,
+        "4 pooled heads rank blocks by tokens, each head with a budget of its own",
+        _forced(1, 1),
+        budget=Above(PREFERRED),
+    ),
+    Selector("oracle-error", oracle.error_scores, "the true change of the output without the block", {"mu": 1.0}),
+)

@@ -1,0 +1,118 @@
+"""XAttention (arXiv 2503.16428): mass of strided antidiagonals, and the fewest blocks that hold a share of it.
+
+With down-sampled queries a and keys b of ``stride`` tokens each, S[a, b] = sum over r of q[a s + s-1-r] k[b s + r] is
+scaled by 1 / (sqrt(D) s) and goes through a softmax over b; the mass of a pair of blocks is the sum over its cells.
+A row keeps the first block and its own, and then its best blocks until threshold of the mass is held.
+
+Cost: N^2 D / stride, 1 / (2 stride) of dense attention, and a matrix of (N / stride)^2 that is streamed. At 128K
+tokens, 32 heads of 128 and stride 16: 4.4 TFLOP in products of bf16 and about 10 GB of traffic in strips,
+some 12 ms of an H100; stride 8 takes 8.8 TFLOP and 40 GB, some 30 ms.
+
+Departures from the published code: any length, batch and layout; the offset of a chunk is its true one; nothing is
+masked by a length that is a multiple of the chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from stem_flex.config import StemConfig
+from stem_flex.layout import Layout
+from stem_flex.plumbing.binding import BoundLayout
+from stem_flex.select import forced_blocks
+from stem_flex.selectors.rules import FORCED, strips
+from stem_flex.selectors.shared import hide, last_key, operand, prepare, product, real_tokens, spans_of
+
+_CELLS_AT_ONCE = 2**27  # antidiagonal sums of a strip, of all heads: 256 MiB in bf16
+
+
+def scores(
+    q: Tensor, k: Tensor, v: Tensor, config: StemConfig | None = None, *,
+    layout: Layout | BoundLayout | None = None, q_offset: int | Tensor = 0,
+) -> Tensor:  # fmt: skip
+    """Share of each block in the antidiagonal mass of its row; the first and the own block are lifted by 4.
+
+    Args:
+        q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv), not looked at.
+        config: its stride and block sizes count; None means ``StemConfig()``.
+        layout, q_offset: as in :func:`stem_flex.oam_scores`, of one interval of keys for each query. A cell counts
+            where one of its pairs is allowed.
+
+    Returns:
+        float32 (B, Hq, Qb, Kb), -inf where the layout allows nothing.
+
+    Raises:
+        ValueError: a layout from a mask_mod or a BlockMask.
+    """
+    config, bound = prepare(q, k, v, config, layout, q_offset)
+    per_row, per_column = config.query_block // config.stride, config.key_block // config.stride
+    found = torch.zeros(*q.shape[:2], bound.q_blocks, bound.k_blocks, device=q.device)
+    for rows, logits, hidden in cells(q, k, bound, config, "xattention"):
+        mass = logits.softmax(-1)
+        mass = mass.masked_fill_(hidden.all(-1, keepdim=True), 0.0)
+        wide = torch.float64 if mass.dtype == torch.float64 else torch.float32
+        mass = mass.unflatten(2, (-1, per_row)).sum(3, dtype=wide)  # along the rows first: whole lines are read
+        mass = torch.nn.functional.pad(mass, (0, -mass.shape[-1] % per_column))
+        mass = mass.unflatten(3, (-1, per_column)).sum(-1)
+        found[:, :, rows, : mass.shape[-1]] = mass / mass.sum(-1, keepdim=True).clamp(min=1e-20)
+    return hide(found + FORCED * first_and_own(bound, config), bound)
+
+
+def first_and_own(bound: BoundLayout, config: StemConfig) -> Tensor:
+    """The first block of each row's range and the blocks of its own positions, bool (1 or B, 1 or H, Qb, Kb)."""
+    one = StemConfig(block_size=config.block_size, stride=config.stride, sink_blocks=1, local_blocks=0)
+    return forced_blocks(bound, bound.dense_classes(), one)
+
+
+def cells(
+    q: Tensor, k: Tensor, bound: BoundLayout, config: StemConfig, name: str
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Strips of the scaled antidiagonal sums: (rows of blocks, logits, hidden).
+
+    ``logits`` is (B, Hq, cells of those rows, cells of the keys up to the last that the strip may see), -inf where
+    ``hidden`` (1 or B, 1, ..., ...) is True: no pair of the cell is allowed. Cells of a row without a real query are
+    hidden throughout.
+    """
+    stride = config.stride
+    spans_of(bound, name)
+    fine = _cells_layout(q, k, bound, stride)
+    per_row = config.query_block // stride
+    keys = _cut(k, bound.key_start, bound.key_end, stride)
+    entries = q.shape[0] * q.shape[1] * per_row * keys.shape[2]
+    for rows in strips(bound.q_blocks, entries, _CELLS_AT_ONCE):
+        first, last = rows.start * config.query_block, min(rows.stop * config.query_block, q.shape[2])
+        start, end = (None if x is None else x - first for x in (bound.query_start, bound.query_end))
+        queries = _cut(q[:, :, first:last], start, end, stride, reverse=True)
+        queries = torch.nn.functional.pad(queries, (0, 0, 0, -queries.shape[2] % per_row))
+        seen = -(-last_key(bound, last) // stride)
+        logits = product(queries, keys[:, :, :seen], 1 / (math.sqrt(q.shape[-1]) * stride))
+        part = slice(rows.start * per_row, rows.start * per_row + queries.shape[2])
+        column = torch.arange(seen, dtype=torch.int32, device=q.device)
+        lo, hi = (
+            torch.nn.functional.pad(x[:, part], (0, queries.shape[2] - x[:, part].shape[1]))[:, None, :, None]
+            for x in (fine.lo, fine.hi)
+        )
+        hidden = (column < lo) | (column >= hi)
+        yield rows, logits.masked_fill_(hidden, -math.inf), hidden
+
+
+def _cells_layout(q: Tensor, k: Tensor, bound: BoundLayout, stride: int) -> BoundLayout:
+    """The same layout cut into blocks of ``stride`` tokens: [lo, hi) are the cells that a cell may see."""
+    geometry = bound.geometry
+    return bound.layout.bind(
+        q.shape[0], q.shape[1], q.shape[2], k.shape[2], q_offset=geometry.q_offset, kv_len=geometry.kv_len,
+        prompt_len=geometry.prompt_len, block_size=(stride, stride), device=q.device,
+    )  # fmt: skip
+
+
+def _cut(x: Tensor, start: Tensor | None, end: Tensor | None, stride: int, *, reverse: bool = False) -> Tensor:
+    """``stride`` tokens side by side, zeros for padding: (B, H, L, D) to (B, H, ceil(L / stride), stride D)."""
+    x = operand(x)
+    if start is not None:
+        x = torch.where(real_tokens(x.shape[2], start, end, x.device)[:, None, :, None], x, 0)
+    x = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % stride)).unflatten(2, (-1, stride))
+    return (x.flip(3) if reverse else x).flatten(3)
