@@ -19,7 +19,7 @@ from stem_flex.layout import Layout
 from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.plumbing.classes import EMPTY
 from stem_flex.selectors.rules import FORCED, strips
-from stem_flex.selectors.shared import block_means, hide, last_key, operand, prepare, product, spans_of
+from stem_flex.selectors.shared import block_means, filled, hide, last_key, operand, prepare, product, spans_of
 from stem_flex.selectors.xattention import first_and_own
 
 _LOGITS_AT_ONCE = 2**27
@@ -58,8 +58,7 @@ def scores(
         if not bound.layout.plain_causal:  # else no key beside the own blocks is hidden
             key = torch.arange(seen, dtype=torch.int32, device=q.device)
             logits.masked_fill_((key < start[:, :, rows]) | (key >= end[:, :, rows]), -math.inf)
-        logits = torch.nn.functional.pad(logits, (0, -seen % k_block), value=-math.inf)
-        found = logits.unflatten(3, (-1, k_block)).amax(-1)
+        found = filled(logits, 3, k_block, -math.inf).unflatten(3, (-1, k_block)).amax(-1)
         best[:, :, rows, : found.shape[-1]] = found.to(kind)
     kept = first_and_own(bound, config)
     scored = best.masked_fill(kept | (bound.dense_classes() == EMPTY), -math.inf)
