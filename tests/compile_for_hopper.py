@@ -35,7 +35,7 @@ class Hopper:
 
 
 driver.set_active(Hopper())
-from stem_flex.kernels import magnitude, mass, ops, pool, scores, select  # noqa: E402
+from stem_flex.kernels import block_sums, magnitude, mass, ops, pool, scores, select  # noqa: E402
 
 compiled: dict[str, dict[str, Any]] = {}
 
@@ -97,5 +97,12 @@ if __name__ == "__main__":
     mass._block_mass_kernel = Warmed(mass._block_mass_kernel)
     sizes = {"dtype": torch.bfloat16}
     mass.block_mass_kernel(empty(1, 4, 4096, 64, **sizes), empty(1, 2, 4096, 64, **sizes), (BLOCK, BLOCK), 0, 0.125)
+    block_sums._block_sums_kernel = Warmed(block_sums._block_sums_kernel)
+    ints = {"dtype": torch.int32}
+    block_sums.block_sums_kernel(
+        empty(1, HEADS, 131072, DIM, **sizes), empty(1, KV_HEADS, 1024, DIM, **sizes),
+        (empty(1, 131072, **ints), empty(1, 131072, **ints)), (empty(1, 1024, **ints), empty(1, 1024, **ints)),
+        empty(1, 1024, **ints), empty(1, 1024, **ints), BLOCK,
+    )  # fmt: skip
     for line in compiled.values():
         print(json.dumps(line))
