@@ -35,10 +35,8 @@ class Hopper:
 
 
 driver.set_active(Hopper())
-<<<<<<< HEAD
-from stem_flex.kernels import block_sums, magnitude, mass, ops, pool, scores, select  # noqa: E402
-=======
 from stem_flex.kernels import (  # noqa: E402
+    block_sums,
     magnitude,
     mass,
     ops,
@@ -51,7 +49,6 @@ from stem_flex.kernels import (  # noqa: E402
     sketch_sums,
     sketch_tables,
 )
->>>>>>> sketch
 
 compiled: dict[str, dict[str, Any]] = {}
 

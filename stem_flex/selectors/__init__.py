@@ -13,7 +13,7 @@ integration and the benchmarks alike. ``layout`` may be bound already, as :func:
 ``stem-log``              Stem with the paper's Eq. 7 magnitude
 ``sketch``, ``+tpd``      experimental: coarse attention between 16 means a block (:mod:`.sketch`)
 ``sketch-outliers``       experimental: the same with outlying tokens as proxies of their own
-``oracle``, ``-error``    the attention mass that dense attention gives (:mod:`.oracle`), the output's change: yardsticks
+``oracle``, ``-error``    the mass that dense attention gives (:mod:`.oracle`), the output's change: yardsticks
 others                    published methods by rules of their own, floors (:mod:`.published`)
 ========================  ==================================================================================
 
