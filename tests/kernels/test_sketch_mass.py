@@ -17,7 +17,7 @@ from tests.kernels.loops import devices, on
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 CONFIG = StemConfig(block_size=16, stride=8)
-SIZES = (2, 2, 1, 2)
+SIZES = (2, 4, 1, 2)
 
 
 @pytest.fixture(autouse=True)
