@@ -281,7 +281,7 @@ def cell(options: argparse.Namespace, queries: int) -> dict[str, Any]:
 
     device = torch.device(options.device)
     measure = functools.partial(report.measure, device=device, repeats=options.repeats, seconds=options.seconds)
-    serving = Serving(options, {"min_tokens": 1}, longest=options.length)
+    serving = Serving(options, options.stem, longest=options.length)
     batch = serving.batch([Request(queries, options.length, options.length)])
     metadata = serving.prepare(batch)
     if getattr(metadata, "stem_plan", None) is None:
@@ -326,6 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--length", type=lambda text: report.parse_lengths(text)[0], default=131072)
     parser.add_argument("--chunks", type=report.parse_lengths, default=[2048, 8192, 16384, 131072])
+    parser.add_argument("--stem", type=json.loads, default={"min_tokens": 1}, help="the plug-in's settings when timed")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.5)
     parser.add_argument("--out", type=Path)

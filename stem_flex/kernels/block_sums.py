@@ -88,6 +88,6 @@ def block_sums_kernel(
     _block_sums_kernel[(q_blocks, batch * heads)](
         q, keys, start, end, first, last, lo, hi, out, *q.stride()[:3], *keys.stride()[:2], *steps, heads,
         heads // keys.shape[1], q_len, q_blocks, k_blocks, 1.4426950408889634 / dim**0.5, BLOCK_Q=q_block, TILE=tile,
-        D=max(16, triton.next_power_of_2(dim)), DIM=dim, num_warps=8,
+        D=max(16, triton.next_power_of_2(dim)), DIM=dim, num_warps=8 if q_block > 64 else 4,
     )  # fmt: skip
     return out

@@ -116,7 +116,7 @@ def proxyattn(head: Head, pooled: list[tuple[Tensor, Tensor]], group: int, gamma
         allowed = head.allowed(i)
         best = dict.fromkeys(allowed, 0.0)
         for t in range(i * head.block[0], min((i + 1) * head.block[0], head.q.shape[0])):
-            if t % head.stride != head.stride - 1 or not bool(head.mask[t].any()):
+            if t % head.stride or not bool(head.mask[t].any()):
                 continue
             logits = (keys @ queries[t] / math.sqrt(head.q.shape[1])).masked_fill(~head.mask[t], -math.inf)
             weights = logits.softmax(0)

@@ -85,18 +85,18 @@ def _rank(scores: Tensor) -> Tensor:
 def _group_scores(q: Tensor, k: Tensor, bound: BoundLayout, config: StemConfig, proxies: int) -> Tensor:
     """Largest weight of each block's keys from the pooled queries of the row, rows summing to 1: (B, P, Qb, Kb)."""
     (q_block, k_block), stride = bound.block_size, config.stride
-    queries = operand(q).unflatten(1, (proxies, -1)).mean(2)[:, :, stride - 1 :: stride]
+    queries = operand(q).unflatten(1, (proxies, -1)).mean(2)[:, :, ::stride]
     owner = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
     weight = torch.nn.functional.one_hot(owner, k.shape[1]).unflatten(0, (proxies, -1)).to(queries.dtype).mean(1)
     keys = torch.einsum("bhjd, ph -> bpjd", operand(k), weight)
-    start, end = (x[:, None, stride - 1 :: stride, None] for x in spans_of(bound, "proxyattn"))
+    start, end = (x[:, None, ::stride, None] for x in spans_of(bound, "proxyattn"))
     per_row = q_block // stride
     found = torch.zeros(q.shape[0], proxies, bound.q_blocks, bound.k_blocks, device=q.device)
     for rows in strips(bound.q_blocks, q.shape[0] * proxies * per_row * k.shape[2], _WEIGHTS_AT_ONCE):
         part = slice(rows.start * per_row, rows.stop * per_row)
         seen = last_key(bound, min(rows.stop * q_block, q.shape[2]))
         logits = product(queries[:, :, part], keys[:, :, :seen], q.shape[-1] ** -0.5)
-        logits = filled(logits, 2, part.stop - part.start)  # the last block may hold no sampled query
+        logits = filled(logits, 2, part.stop - part.start)
         clear = clear_keys(bound, rows.start * q_block)
         key = torch.arange(clear, seen, dtype=torch.int32, device=q.device)
         logits[..., clear:].masked_fill_((key < start[:, :, part]) | (key >= end[:, :, part]), -math.inf)

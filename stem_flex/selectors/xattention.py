@@ -14,8 +14,10 @@ masked by a length that is a multiple of the chunk.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,7 +26,8 @@ from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
 from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.select import forced_blocks
-from stem_flex.selectors.rules import FORCED, strips
+from stem_flex.selectors.rules import FORCED, Coverage, share, strips
+from stem_flex.selectors.selector import Selector
 from stem_flex.selectors.shared import (
     clear_keys,
     filled,
@@ -69,6 +72,47 @@ def scores(
         mass = filled(mass, 3, per_column).unflatten(3, (-1, per_column)).sum(-1)
         found[:, :, rows, : mass.shape[-1]] = mass / mass.sum(-1, keepdim=True).clamp(min=1e-20)
     return hide(found + FORCED * first_and_own(bound, config), bound)
+
+
+def threshold_for(scores: Tensor, mass: Tensor, coverage: float = 0.9) -> Tensor:
+    """Thresholds by head under which a row takes the blocks that hold ``coverage`` of the true attention mass.
+
+    Of each row, the fewest blocks with that much of ``mass``; the least estimated share among them; the sum of all
+    shares from there up. The mean over rows, and over the batch.
+
+    Args:
+        scores: of :func:`scores`, (B, Hq, Qb, Kb).
+        mass: true attention mass, (B, Hq, Qb, Kb), as `stem_flex.selectors.oracle.block_mass` has it.
+
+    Returns:
+        float32 (Hq,).
+    """
+    shares = share(scores)
+    ordered, index = mass.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    needed = before < coverage * ordered.sum(-1, keepdim=True)
+    least = shares.gather(-1, index).masked_fill(~needed, math.inf).amin(-1, keepdim=True)
+    held = (shares * (shares >= least)).sum(-1) / shares.sum(-1).clamp(min=1e-20)
+    return held.float().mean((0, 2))
+
+
+def from_file(path: str | Path, layer: int) -> Selector:
+    """The selector of one layer with the thresholds that ``python -m bench.calibrate_xattention`` wrote.
+
+    Raises:
+        ValueError: the file has no such layer.
+    """
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    layers = found.get("thresholds", []) if isinstance(found, dict) else []
+    if not 0 <= layer < len(layers):
+        raise ValueError(f"layer must be one of the {len(layers)} layers of {Path(path).name}, got {layer}")
+    return Selector(
+        f"xattention:{layer}",
+        scores,
+        f"XAttention with thresholds of layer {layer} of {Path(path).name}",
+        {"stride": found["stride"], "sink_blocks": 1, "local_blocks": 1},
+        budget=Coverage(tuple(layers[layer])),
+    )
 
 
 def first_and_own(bound: BoundLayout, config: StemConfig) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stem_flex import selectors
+from stem_flex import layout, selectors
 from stem_flex.plumbing.implementation import installed
 from stem_flex.reference import selectors as loops
 from stem_flex.selectors import flashprefill
@@ -41,7 +41,7 @@ def test_kernel(device, case):
 
         if not pool.INTERPRETED:
             pytest.skip("the kernels of this process are compiled")
-    batch, heads, kv_heads, q_len, k_len, given, offset = EVERY[case]
+    batch, heads, _, q_len, k_len, given, offset = EVERY[case]
     q, k, v = (x.float() for x in inputs(EVERY[case], dim=24))
     bound = (given or layout.causal()).bind(batch, heads, q_len, k_len, q_offset=offset, block_size=(16, 16))
     expected = flashprefill.row_sums(q, k, bound)
