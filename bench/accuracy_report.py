@@ -347,7 +347,8 @@ def draw(result: Row, path: Path) -> None:
 def draw_models(results: Sequence[tuple[str, Row]], path: Path) -> None:
     """Answers found with every row sparse, and the loss added on text, by density, one column of panels a model."""
     pyplot, figure, axes = _figure(len(results), rows=2)
-    names_of = dict.fromkeys(cell["selector"] for _, result in results for cell in result["main"])
+    cells_of = [cell for _, result in results for cell in (*result["main"], *result.get("rules", []))]
+    names_of = dict.fromkeys(cell["selector"] for cell in cells_of)
     styles = {name: _style(index) for index, name in enumerate(name for name in names_of if name != "dense")}
     for column, (title, result) in enumerate(results):
         densities, cells, shown = _cells(result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,16 +15,23 @@ LAYERS = (1, 3, 5, 7)
 
 @torch.inference_mode()
 def model_inputs(
-    length: int, device: torch.device, *, model: Path | str = models.SHIPPED, dim: int = 128, seed: int = 0
+    length: int,
+    device: torch.device,
+    *,
+    model: Path | str = models.SHIPPED,
+    dim: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(1, 32, length, dim), (1, 8, length, dim) twice, bf16: four layers of the shipped model reading unseen text.
+    """(1, 32, length, dim), (1, 8, length, dim) twice: four layers of the shipped model reading unseen text.
 
     Its layers have 8 query and 2 key heads of 64. They are stacked, and turned into ``dim`` dimensions by a random
     rotation that both sides of a key head share, q times sqrt(dim / 64), so that the logits are the model's own.
     """
     loaded, tokenizer = ruler.load_model(model, device)
     corpus = ruler.read_corpus(tokenizer)
-    window = torch.from_numpy(tasks.text_windows(corpus.tokens, length, 1, seed=seed)).to(device)
+    tokens = np.tile(corpus.tokens, -(-length // len(corpus.tokens)))  # text repeats past its end
+    window = torch.from_numpy(tasks.text_windows(tokens, length, 1, seed=seed)).to(device)
     found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def keep(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -40,4 +48,4 @@ def model_inputs(
     turn = torch.linalg.qr(noise).Q.transpose(1, 2)
     q = torch.einsum("bhld,hde->bhle", q.float() * (dim / own) ** 0.5, turn.repeat_interleave(group, 0))
     k, v = (torch.einsum("bhld,hde->bhle", x.float(), turn) for x in (k, v))
-    return q.bfloat16(), k.bfloat16(), v.bfloat16()
+    return q.to(dtype), k.to(dtype), v.to(dtype)

@@ -255,7 +255,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--dtype", default="bf16" if cuda else "fp32", choices=sorted(report.DTYPES))
     parser.add_argument("--bshd", action="store_true", help="q, k, v as views of (B, N, H, D) memory")
-    parser.add_argument("--config", default="operator", choices=("operator", "paper", "default"))
+    parser.add_argument("--config", default="operator", choices=("operator", "paper", "default", "mass"))
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=0.5, help="most time for one cell's timed calls")
     parser.add_argument("--torch-up-to", type=int, default=131072, help="longest prompt for the PyTorch path")
@@ -266,7 +266,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def choose_config(name: str) -> stem_flex.StemConfig:
-    """``operator``, ``paper`` or ``default`` as a StemConfig."""
+    """``operator``, ``paper``, ``mass`` or ``default`` as a StemConfig."""
     return stem_flex.StemConfig() if name == "default" else getattr(stem_flex.StemConfig, name)()
 
 

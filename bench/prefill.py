@@ -19,7 +19,7 @@ import torch
 import stem_flex
 from stem_flex.attention import sparse_prefill
 
-from . import check, dense, plots, report
+from . import activations, check, dense, plots, report
 from .mask import choose_config
 
 DENSE = ("fa2", "cudnn", "flex", "fa4", "sdpa")
@@ -52,15 +52,12 @@ class Length:
         self.length, self.options, self.config = length, options, config
         self.device = torch.device(options.device)
         self.before = before or {}
-        self.tensors = report.inputs(
-            length,
-            options.heads,
-            options.kv_heads,
-            options.dim,
-            report.DTYPES[options.dtype],
-            self.device,
-            bshd=options.bshd,
-        )
+        dtype = report.DTYPES[options.dtype]
+        if options.inputs == "model":
+            self.tensors = activations.model_inputs(length, self.device, dim=options.dim, dtype=dtype)
+        else:
+            sizes = (options.heads, options.kv_heads, options.dim)
+            self.tensors = report.inputs(length, *sizes, dtype, self.device, bshd=options.bshd)
 
     def blank(self, name: str, limit: int | None = None) -> str | None:
         """Why this cell is left out, or None."""
@@ -288,7 +285,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=128 if cuda else 32)
     parser.add_argument("--dtype", default="bf16" if cuda else "fp32", choices=sorted(report.DTYPES))
     parser.add_argument("--bshd", action="store_true", help="q, k, v as views of (B, N, H, D) memory")
-    parser.add_argument("--config", default="operator", choices=("operator", "paper", "default"))
+    parser.add_argument("--config", default="operator", choices=("operator", "paper", "default", "mass"))
+    parser.add_argument("--inputs", default="random", choices=("random", "model"), help="model: bench.activations")
     parser.add_argument("--backends", nargs="*", default=None, choices=("triton", "flash", "cpu"))
     parser.add_argument("--no-auto", dest="auto", action="store_false", help="leave backend='auto' out")
     parser.add_argument("--repeats", type=int, default=20)
@@ -299,6 +297,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tolerance", type=float, default=2e-2, help="relative error allowed on sampled rows")
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     options = parser.parse_args(arguments)
+    if options.inputs == "model" and (options.heads, options.kv_heads, options.bshd) != (32, 8, False):
+        parser.error("--inputs model has 32 query and 8 key heads")
     if options.backends is None:
         options.backends = ["triton", "flash"] if options.device == "cuda" else ["cpu"]
     return options

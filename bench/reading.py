@@ -33,6 +33,8 @@ SHOWN = 3  # answers kept in the results, of each kind and policy
 @torch.inference_mode()
 def greedy(model: Any, prompts: Tensor, policy: Policy, tokens: int, end: set[int]) -> list[list[int]]:
     """Up to ``tokens`` greedy tokens after each prompt of (n, length), without the one of ``end`` that ends them."""
+    from stem_flex.integrations.hf_versions import cache_of, with_cache
+
     ids = prompts.to(model.device)
     with attend.attending(policy):
         out = model(ids, use_cache=True, logits_to_keep=1)
@@ -42,7 +44,7 @@ def greedy(model: Any, prompts: Tensor, policy: Policy, tokens: int, end: set[in
             # a look at every eighth token: fewer waits for the device
             if step % 8 == 0 and all(end & set(row) for row in torch.cat(said, 1).tolist()):
                 break
-            out = model(last, past_key_values=out.past_key_values, use_cache=True)
+            out = model(last, use_cache=True, **with_cache(model, cache_of(out)))
             last = out.logits[:, -1].argmax(-1, keepdim=True)
             said.append(last)
     rows = torch.cat(said, 1).tolist()

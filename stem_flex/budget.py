@@ -80,6 +80,7 @@ class Budget:
     needs_scores = False
 
 
+@dataclass(frozen=True)
 class Schedule(Budget):
     """The configuration's own schedule, :func:`tpd_budget`, of the prompt that each row belongs to."""
 

@@ -35,7 +35,20 @@ class Hopper:
 
 
 driver.set_active(Hopper())
-from stem_flex.kernels import magnitude, mass, ops, pool, scores, select  # noqa: E402
+from stem_flex.kernels import (  # noqa: E402
+    block_sums,
+    magnitude,
+    mass,
+    ops,
+    pool,
+    scores,
+    select,
+    sketch_mass,
+    sketch_ops,
+    sketch_proxies,
+    sketch_sums,
+    sketch_tables,
+)
 
 compiled: dict[str, dict[str, Any]] = {}
 
@@ -49,7 +62,8 @@ def compile_only(kernel, programs: int, args: tuple, meta: dict[str, Any], plan:
             "kernel": kernel.__name__,
             "shared": made.metadata.shared,
             "cubin": len(made.asm["cubin"]),
-            **{name: value for name, value in meta.items() if name.startswith("BLOCK")},
+            "tensor_cores": "wgmma.mma_async" in made.asm["ptx"],
+            **{name: value for name, value in meta.items() if name.startswith("BLOCK") or name in ("EDGE", "FULL")},
         },
     )
 
@@ -86,16 +100,46 @@ def tables(tokens: int, dtype: torch.dtype, metric: str, dim: int = DIM, classes
     )  # fmt: skip
 
 
+def sketched(tokens: int, dtype: torch.dtype, dim: int = DIM, classes: bool = False) -> None:
+    """Compile what one mask by the block sketch takes."""
+    blocks = tokens // BLOCK
+    ints = {"dtype": torch.int32}
+    valid = empty(1, **ints) if classes else None
+    inputs = (
+        empty(1, HEADS, tokens, dim, dtype=dtype),
+        empty(1, KV_HEADS, tokens, dim, dtype=dtype),
+        empty(1, blocks, 8, **ints),
+    )
+    restrictions = (empty(1, 1, blocks, blocks, dtype=torch.int8) if classes else None, *(valid,) * 4)
+    options = {"block_q": BLOCK, "block_k": BLOCK, "sketch": [16, 8, 4, 8], "causal_offset": None if classes else 0}
+    sketch_ops._scores(*inputs, *restrictions, **options)
+    sketch_tables._tables(
+        *inputs, None, *restrictions, threshold=0.05, floor=1, cap=64, sink=1, local=2, partial_columns=4, width=68,
+        **options,
+    )  # fmt: skip
+
+
 if __name__ == "__main__":
-    for module in (magnitude, pool, scores, select):
+    for module in (magnitude, pool, scores, select, sketch_mass, sketch_proxies, sketch_sums):
         module.launch = compile_only
-    ops._guard = lambda q: contextlib.nullcontext()
+    for module in (ops, sketch_ops, sketch_tables):
+        module._guard = lambda q: contextlib.nullcontext()
     tables(8192, torch.bfloat16, "zscore")
     tables(8192, torch.float16, "log", dim=192, classes=True)
     tables(2048, torch.float32, "zscore", dim=80)
     tables(262144, torch.bfloat16, "zscore")
+    sketched(16384, torch.bfloat16)
+    sketched(4096, torch.float16, dim=192, classes=True)
+    sketched(4096, torch.float32, dim=80)
     mass._block_mass_kernel = Warmed(mass._block_mass_kernel)
     sizes = {"dtype": torch.bfloat16}
     mass.block_mass_kernel(empty(1, 4, 4096, 64, **sizes), empty(1, 2, 4096, 64, **sizes), (BLOCK, BLOCK), 0, 0.125)
+    block_sums._block_sums_kernel = Warmed(block_sums._block_sums_kernel)
+    ints = {"dtype": torch.int32}
+    block_sums.block_sums_kernel(
+        empty(1, HEADS, 131072, DIM, **sizes), empty(1, KV_HEADS, 1024, DIM, **sizes),
+        (empty(1, 131072, **ints), empty(1, 131072, **ints)), (empty(1, 1024, **ints), empty(1, 1024, **ints)),
+        empty(1, 1024, **ints), empty(1, 1024, **ints), BLOCK,
+    )  # fmt: skip
     for line in compiled.values():
         print(json.dumps(line))

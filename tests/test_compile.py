@@ -23,7 +23,9 @@ def kernels():
 
 def test_every_kernel_compiles(kernels):
     assert {line["kernel"] for line in kernels} == {
-        "_pool_kernel", "_magnitude_kernel", "_scores_kernel", "_select_kernel", "_block_mass_kernel"
+        "_pool_kernel", "_magnitude_kernel", "_scores_kernel", "_select_kernel", "_block_mass_kernel",
+        "_block_sums_kernel",
+        "_proxies_kernel", "_sums_kernel", "_read_kernel",
     }  # fmt: skip
     assert all(line["cubin"] > 0 for line in kernels)
 
@@ -38,3 +40,9 @@ def test_selection_turns_no_row_over_in_shared_memory(kernels):
 
 def test_tiles_fit_a_multiprocessor_twice(kernels):
     assert all(2 * line["shared"] <= 227 * 1024 for line in kernels)
+
+
+def test_sketched_products_run_on_tensor_cores(kernels):
+    sums = [line for line in kernels if line["kernel"] == "_sums_kernel"]
+    assert {line["EDGE"] for line in sums} == {False, True}
+    assert [line["tensor_cores"] for line in sums] == [line["BLOCK_D"] >= 64 for line in sums]  # all but float32's

@@ -7,11 +7,11 @@ import pickle
 
 import pytest
 import torch
-from transformers import DynamicCache
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, DynamicCache
 
 from stem_flex import StemConfig, reference
 from stem_flex.integrations import hf, hf_dsa
+from stem_flex.integrations.hf_versions import implementation, with_cache
 from stem_flex.reference.refined import dsa_keep
 from tests.hf_models import CASES, TOKENS, padded, paths, prompt, tiny_model
 
@@ -97,7 +97,7 @@ def test_chunks_with_the_prompts_length_say_what_one_forward_does():
         cache, parts = DynamicCache(config=model.config), []
         with hf.prompt_length(TOKENS):
             for chunk in ids.split(40, dim=1):
-                parts.append(model(chunk, past_key_values=cache, use_cache=True).logits)
+                parts.append(model(chunk, use_cache=True, **with_cache(model, cache)).logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-3, atol=1e-3)
 
 
@@ -107,12 +107,12 @@ def test_decode_after_a_refined_prefill_is_the_models_own():
     cache = DynamicCache(config=model.config)
     following = torch.full((2, 1), 7)
     with torch.no_grad():
-        model(prompt(), past_key_values=cache, use_cache=True)
+        model(prompt(), use_cache=True, **with_cache(model, cache))
         same = copy.deepcopy(cache)
         with hf.trace() as seen:
-            refined = model(following, past_key_values=cache, use_cache=True).logits
+            refined = model(following, use_cache=True, **with_cache(model, cache)).logits
         hf.remove(model)
-        untouched = model(following, past_key_values=same, use_cache=True).logits
+        untouched = model(following, use_cache=True, **with_cache(model, same)).logits
     assert set(seen.count()) == {"sdpa"}
     torch.testing.assert_close(refined, untouched)
 
@@ -137,10 +137,10 @@ def test_plain_layers_and_short_prompts_run_the_models_own_selection(checked):
 def test_remove_restores_the_model():
     model = dsa_model()
     before = {name: set(module.__dict__) for name, module in model.named_modules()}
-    implementation, want = model.config._attn_implementation, paths_logits(model)
+    name, want = implementation(model.config), paths_logits(model)
     hf.remove(hf.refine_dsa(hf.refine_dsa(model, STEM, min_tokens=0), STEM, min_tokens=0))
     assert {name: set(module.__dict__) for name, module in model.named_modules()} == before
-    assert model.config._attn_implementation == implementation
+    assert implementation(model.config) == name
     assert not hasattr(model.config, "stem_flex")
     assert torch.equal(paths_logits(model), want)
 

@@ -43,9 +43,10 @@ def test_ci_finds_the_two_commands():
 
 
 def test_figures_are_the_committed_results():
-    from bench.readme import figures, written
+    from bench.readme import headlines, results_page, written
 
-    assert written(README, figures()) == README, "run python -m bench.readme"
+    assert written(README, headlines()) == README, "run python -m bench.readme"
+    assert (ROOT / "bench" / "RESULTS.md").read_text() == results_page(), "run python -m bench.readme"
 
 
 def test_figures_of_results(tmp_path):

@@ -108,6 +108,10 @@ def slope_of(parameter):
     return lambda score, b, h, i, j: score - parameter * (i - j)
 
 
+def slopes_of(parameter):
+    return lambda score, b, h, i, j: score - parameter[h] * (i - j)
+
+
 def bias_of(parameter):
     class Bias:
         def __init__(self):
@@ -134,11 +138,11 @@ def test_a_trainable_score_mod_needs_gradients(make_qkv, make):
 def test_a_parameter_of_a_score_mod_gets_its_gradient(make_qkv):
     q, k, v = make_qkv(Lq=300, D=32, device="cuda")
     config = StemConfig(block_size=128, schedule="fixed", k_start=1, sink_blocks=1, local_blocks=1)
-    slope = nn.Parameter(torch.tensor(0.1, device="cuda"))
-    stem_attention(q, k, v, config, score_mod=slope_of(slope)).square().sum().backward()
-    exact = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+    slope = nn.Parameter(torch.full((4,), 0.1, device="cuda"))  # PyTorch 2.11 has a gradient for what is indexed
+    stem_attention(q, k, v, config, score_mod=slopes_of(slope)).square().sum().backward()
+    exact = nn.Parameter(torch.full((4,), 0.1, dtype=torch.float64))
     mask = reference.dense_mask(stem_block_mask(q, k, v, config))
-    out, _ = reference.masked_attention(*(x.cpu() for x in (q, k, v)), mask, score_mod=slope_of(exact))
+    out, _ = reference.masked_attention(*(x.cpu() for x in (q, k, v)), mask, score_mod=slopes_of(exact))
     out.square().sum().backward()
     torch.testing.assert_close(slope.grad.double().cpu(), exact.grad, atol=1e-2, rtol=1e-3)
 

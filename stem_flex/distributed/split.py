@@ -171,8 +171,10 @@ def _kept(
     """Blocks that each row of query blocks keeps, over all batch rows; None: only the device knows."""
     parts = layout.parts()
     given: Any = getattr(rule, "blocks", None)
-    read: tuple[Any, ...] = (*layout.reads(), given)
-    on_device = any(isinstance(x, Tensor) and x.device.type != "cpu" for x in read)
+    reads = layout.reads()
+    if reads is None:  # a mask_mod
+        return None
+    on_device = any(isinstance(x, Tensor) and x.device.type != "cpu" for x in (*reads, given))
     if rule.needs_scores or on_device or any(part.sizes()[1] > 1 or _is_mask_mod(part) for part in parts):
         return None
     wide = given.shape if isinstance(given, Tensor) else ()

@@ -71,7 +71,7 @@ def dsa_mask(
 def wrap_indexers(model: torch.nn.Module) -> None:
     """Let the indexers of ``model`` hand on what they score with, in a prefill."""
     for module in model.modules():
-        indexer = getattr(module, "indexer", None)
+        indexer: Any = getattr(module, "indexer", None)
         if isinstance(indexer, torch.nn.Module) and "forward" not in indexer.__dict__:
             indexer.__dict__["forward"] = functools.partial(
                 _indexer_forward, indexer
@@ -171,7 +171,7 @@ def _prefill(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: DsaMask,
+    mask: StemMask,
     dropout: float,
     scaling: float | None,
     indexer: Indexer,
@@ -190,7 +190,7 @@ def _prefill(
     return out.transpose(1, 2).contiguous()
 
 
-def _chosen(module: Any, value: Tensor, mask: DsaMask, indexer: Indexer) -> Tokens:
+def _chosen(module: Any, value: Tensor, mask: StemMask, indexer: Indexer) -> Tokens:
     if mask.kind not in ("causal", "packed"):
         raise NotImplementedError(
             "refine_dsa serves causal prompts, padded or packed, got a mask of another kind; "

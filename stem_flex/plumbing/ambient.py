@@ -35,7 +35,7 @@ def without_autocast(f: Callable[P, R]) -> Callable[P, R]:
 
 def refuse_transforms(*tensors: Tensor) -> None:
     """Raise ValueError where something that watches compiled flex_attention would get another function or none."""
-    if torch.compiler.is_exporting():
+    if _exporting():
         raise ValueError(
             "stem_attention can't be exported: an exported program runs flex_attention eagerly, which ignores block "
             "lists and attends to everything; export around it, or compile the model with torch.compile"
@@ -51,6 +51,11 @@ def refuse_transforms(*tensors: Tensor) -> None:
         raise ValueError(
             "q, k and v must not be dual tensors: flex_attention has no forward-mode derivative; use autograd on CUDA"
         )
+
+
+def _exporting() -> bool:
+    # the flag behind torch.compiler.is_exporting(), which torch 2.11 traces as True in every compilation
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def cast_as_sdpa(q: Any, k: Any, v: Any, *, only_mixed: bool = False) -> tuple[Any, Any, Any]:

@@ -161,6 +161,8 @@ def bind(
 
     A hit is on the hot path of every layer: it looks a tuple up, and only asks whether what a layout reads changed.
     """
+    if isinstance(q_len, Tensor):  # torch.jit.trace hands on sizes as tensors of the host
+        batch, heads, q_len, k_len = (int(size) for size in (batch, heads, q_len, k_len))
     key = (batch, heads, q_len, k_len, q_offset, kv_len, prompt_len, *block_size, device)
     lengths_known = type(q_offset) is int and all(x is None or type(x) is int for x in (kv_len, prompt_len))
     if not lengths_known or torch.compiler.is_compiling():

@@ -85,7 +85,7 @@ class Geometry:
     def column(self, value: int | Tensor) -> Tensor:
         """A length or offset as int32 (1 or B, 1)."""
         if isinstance(value, Tensor):
-            return value.to(self.device, torch.int32).reshape(-1, 1)  # a traced length is a tensor of the host
+            return value.to(torch.int32).reshape(-1, 1)
         return torch.full((1, 1), value, dtype=torch.int32, device=self.device)
 
 

@@ -13,7 +13,8 @@ integration and the benchmarks alike. ``layout`` may be bound already, as :func:
 ``stem-log``              Stem with the paper's Eq. 7 magnitude
 ``sketch``, ``+tpd``      experimental: coarse attention between 16 means a block (:mod:`.sketch`)
 ``sketch-outliers``       experimental: the same with outlying tokens as proxies of their own
-``oracle``                the attention mass that dense attention gives (:mod:`.oracle`): a yardstick
+``oracle``, ``-error``    the mass that dense attention gives (:mod:`.oracle`), the output's change: yardsticks
+others                    published methods by rules of their own, floors (:mod:`.published`)
 ========================  ==================================================================================
 
 ``settings`` speak of scores (``value_weight``, ``metric``) and of budgets (``mu``): use ``selector.configured(config)``

@@ -1,4 +1,4 @@
-"""The oracle: what dense attention really gives each block. Costs as much as dense attention; a yardstick."""
+"""Oracles, as dear as dense attention: what it really gives each block, or loses without it. Yardsticks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from stem_flex.layout import Layout
 from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.plumbing.checks import check_qkv
 from stem_flex.plumbing.implementation import resolve
+from stem_flex.selectors.shared import hide, prepare, product, spans_of
 
 
 def scores(
@@ -84,3 +85,50 @@ def block_mass(
         mean[:, :, row, : mass.shape[-1]] = mass.mean(2)
         peak[:, :, row, : mass.shape[-1]] = mass.amax(2)
     return mean, peak
+
+
+def error_scores(
+    q: Tensor, k: Tensor, v: Tensor, config: StemConfig | None = None, *,
+    layout: Layout | BoundLayout | None = None, q_offset: int | Tensor = 0,
+) -> Tensor:  # fmt: skip
+    """How much the output of a query block changes when the key block alone is left out: a ceiling for one block.
+
+    With p the softmax's mass of the block for a query, o its output and o_J the block's part of it, leaving it out
+    changes the output by (o_J - p o) / (1 - p); the score is the root mean square of its length over the query
+    block's tokens. Where nothing else is visible (p = 1) all of o is lost. Costs more than dense attention.
+
+    Args:
+        q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv).
+        config: its block sizes count; None means ``StemConfig()``.
+        layout, q_offset: as in :func:`stem_flex.oam_scores`, of one interval of keys for each query.
+
+    Returns:
+        float32 (B, Hq, Qb, Kb), -inf where the layout allows nothing.
+
+    Raises:
+        ValueError: a layout from a mask_mod or a BlockMask.
+    """
+    config, bound = prepare(q, k, v, config, layout, q_offset)
+    (q_block, k_block), length = bound.block_size, k.shape[2]
+    start, end = spans_of(bound, "oracle-error")
+    key = torch.arange(length, dtype=torch.int32, device=q.device)
+    kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+    found = torch.zeros(*q.shape[:2], bound.q_blocks, bound.k_blocks, dtype=kind, device=q.device)
+    values = torch.nn.functional.pad(v.detach().to(kind), (0, 0, 0, -length % k_block)).unflatten(2, (-1, k_block))
+    group = q.shape[1] // k.shape[1]
+    for head in range(q.shape[1]):
+        keys, parts = k[:, head // group : head // group + 1].to(kind), values[:, head // group]
+        for row in range(bound.q_blocks):
+            part = slice(row * q_block, min((row + 1) * q_block, q.shape[2]))
+            logits = product(q[:, head : head + 1, part].to(kind), keys, q.shape[-1] ** -0.5)[:, 0]
+            hidden = (key < start[:, part, None]) | (key >= end[:, part, None])
+            weights = logits.masked_fill_(hidden, -math.inf).softmax(-1).masked_fill_(hidden, 0.0)
+            weights = torch.nn.functional.pad(weights, (0, -length % k_block)).unflatten(2, (-1, k_block))
+            mass = weights.sum(-1)[..., None]
+            outputs = torch.einsum("b i j t, b j t d -> b i j d", weights, parts)
+            output = outputs.sum(2, keepdim=True)
+            change = (outputs - mass * output) / (1 - mass).clamp(min=1e-6)
+            change = torch.where(mass > 1 - 1e-6, output.expand_as(change), change)
+            real = (~hidden).any(-1).sum(-1).clamp(min=1)
+            found[:, head, row] = (change.square().sum((1, 3)) / real[:, None]).sqrt()
+    return hide(found, bound)

@@ -43,7 +43,7 @@ class Above(Budget):
 
 @dataclass(frozen=True)
 class Relative(Budget):
-    """A row keeps the blocks whose share is at least ``alpha`` times its best block's.
+    """A row keeps its forced blocks and those whose share is at least ``alpha`` times its best block's.
 
     Args:
         alpha: 0 or less keeps everything.
@@ -58,6 +58,7 @@ class Relative(Budget):
         assert scores is not None
         shares = torch.where(scores.isfinite(), scores.remainder(PREFERRED), -1.0)
         wanted = (shares >= self.alpha * shares.amax(-1, keepdim=True).clamp(min=0)) & (shares >= 0)
+        wanted = wanted | (scores >= FORCED)
         counts = wanted.sum(-1, dtype=torch.int32)
         full = bound.position >= bound.prompt_blocks - self.full_rows
         return torch.where(full[:, None], bound.k_blocks, counts) if self.full_rows else counts

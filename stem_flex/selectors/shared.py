@@ -67,6 +67,14 @@ def product(q: Tensor, k: Tensor, scale: float = 1.0) -> Tensor:
     return found.view(batch, heads, rows, keys)
 
 
+def filled(x: Tensor, dim: int, multiple: int, value: float = 0.0) -> Tensor:
+    """x with ``value`` appended along ``dim`` up to a multiple; x itself where it is one, which pad would copy."""
+    missing = -x.shape[dim] % multiple
+    if not missing:
+        return x
+    return torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing), value=value)
+
+
 def block_means(x: Tensor, block: int, start: Tensor | None, end: Tensor | None) -> Tensor:
     """Mean of the real tokens of each block, (B, H, L, D) to (B, H, blocks, D), zero where there are none.
 
@@ -105,11 +113,20 @@ def last_key(bound: BoundLayout, queries: int) -> int:
     return bound.seq_lengths[1] if offset is None else max(1, min(bound.seq_lengths[1], offset + queries))
 
 
+def clear_keys(bound: BoundLayout, query: int) -> int:
+    """All queries from the ``query``-th on see all keys before this one, as far as the host knows."""
+    offset = bound.geometry.q_offset
+    if not bound.layout.plain_causal or isinstance(offset, Tensor) or bound.geometry.kv_len is not None:
+        return 0
+    return min(bound.seq_lengths[1], offset + query)
+
+
 class Tail(NamedTuple):
     """The last real queries of each batch row.
 
     q: (B, Hq, R, D). start, end: int32 (1 or B, R), the keys of each, empty for one that stands for none.
-    real: bool (1 or B, R). position: int (1 or B,), one past the last query's place among the keys.
+    real: bool (1 or B, R). position: int (1 or B,), one past the last query's place among the keys. all_real: whether
+    the host knows that every one of them sees a key. clear: all of them see all keys before this one.
     """
 
     q: Tensor
@@ -117,6 +134,8 @@ class Tail(NamedTuple):
     end: Tensor
     real: Tensor
     position: Tensor
+    all_real: bool
+    clear: int
 
 
 def tail_of(q: Tensor, bound: BoundLayout, rows: int, name: str) -> Tail:
@@ -138,13 +157,21 @@ def tail_of(q: Tensor, bound: BoundLayout, rows: int, name: str) -> Tail:
     if bound.query_start is None or bound.query_end is None:
         part = slice(length - rows, length)
         real = torch.ones(1, rows, dtype=torch.bool, device=q.device)
-        return Tail(q[:, :, part], spans.start[:, part], spans.end[:, part], real, offset + length)
+        return Tail(
+            q[:, :, part],
+            spans.start[:, part],
+            spans.end[:, part],
+            real,
+            offset + length,
+            True,
+            clear_keys(bound, length - rows),
+        )
     index = bound.query_end[:, None] - rows + torch.arange(rows, device=q.device)
     real = index >= bound.query_start[:, None]
     index = index.clamp(min=0, max=length - 1).long()
     picked = q.gather(2, index[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
     start, end = (x.expand(index.shape[0], -1).gather(1, index) for x in spans)
-    return Tail(picked, start, torch.where(real, end, start), real, offset + bound.query_end)
+    return Tail(picked, start, torch.where(real, end, start), real, offset + bound.query_end, False, 0)
 
 
 def tail_attention(tail: Tail, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +184,9 @@ def tail_attention(tail: Tail, k: Tensor) -> tuple[Tensor, Tensor]:
     kv_heads, length = k.shape[1], k.shape[2]
     group = heads // kv_heads
     key = torch.arange(length, device=k.device)
-    hidden = ((key < tail.start[..., None]) | (key >= tail.end[..., None]))[:, None]
+    late = key[tail.clear :]
+    hidden = ((late < tail.start[..., None]) | (late >= tail.end[..., None]))[:, None]
+    empty = (tail.end <= tail.start)[:, None, :, None]
     # a diagonal of (R, Lk) in memory with R columns before: a column of the same memory read one wider
     offset = (tail.position[:, None] - key).long().expand(batch, -1)[:, None].expand(-1, group, -1)
     columns, diagonals = [], []
@@ -165,10 +194,13 @@ def tail_attention(tail: Tail, k: Tensor) -> tuple[Tensor, Tensor]:
         part = tail.q[:, head * group : (head + 1) * group]
         logits = product(operand(part), operand(k[:, head : head + 1]), dim**-0.5)
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        weights = logits.masked_fill_(hidden, -math.inf).softmax(-1, dtype=wide).masked_fill_(hidden, 0.0)
+        logits[..., tail.clear :].masked_fill_(hidden, -math.inf)
+        weights = logits.softmax(-1, dtype=wide)
+        weights = weights if tail.all_real else weights.masked_fill_(empty, 0.0)
         columns.append(weights.sum(2))
-        skewed = torch.nn.functional.pad(weights, (rows, 0)).flatten(2)
-        skewed = torch.nn.functional.pad(skewed, (0, rows)).unflatten(2, (rows, -1)).sum(2)
+        skewed = weights.new_zeros(batch, group, rows * (length + rows + 1))
+        skewed[..., : rows * (length + rows)].unflatten(2, (rows, -1))[..., rows:] = weights
+        skewed = skewed.unflatten(2, (rows, -1)).sum(2)
         inside = (offset >= 0) & (offset <= length + rows)
         diagonals.append(skewed.gather(2, offset.clamp(min=0, max=length + rows)) * inside)
     return torch.cat(columns, 1), torch.cat(diagonals, 1)

@@ -14,8 +14,10 @@ masked by a length that is a multiple of the chunk.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,8 +26,19 @@ from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
 from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.select import forced_blocks
-from stem_flex.selectors.rules import FORCED, strips
-from stem_flex.selectors.shared import hide, last_key, operand, prepare, product, real_tokens, spans_of
+from stem_flex.selectors.rules import FORCED, Coverage, share, strips
+from stem_flex.selectors.selector import Selector
+from stem_flex.selectors.shared import (
+    clear_keys,
+    filled,
+    hide,
+    last_key,
+    operand,
+    prepare,
+    product,
+    real_tokens,
+    spans_of,
+)
 
 _CELLS_AT_ONCE = 2**27  # antidiagonal sums of a strip, of all heads: 256 MiB in bf16
 
@@ -51,15 +64,55 @@ def scores(
     config, bound = prepare(q, k, v, config, layout, q_offset)
     per_row, per_column = config.query_block // config.stride, config.key_block // config.stride
     found = torch.zeros(*q.shape[:2], bound.q_blocks, bound.k_blocks, device=q.device)
-    for rows, logits, hidden in cells(q, k, bound, config, "xattention"):
+    for rows, logits, empty in cells(q, k, bound, config, "xattention"):
         mass = logits.softmax(-1)
-        mass = mass.masked_fill_(hidden.all(-1, keepdim=True), 0.0)
+        mass = mass if empty is None else mass.masked_fill_(empty, 0.0)
         wide = torch.float64 if mass.dtype == torch.float64 else torch.float32
         mass = mass.unflatten(2, (-1, per_row)).sum(3, dtype=wide)  # along the rows first: whole lines are read
-        mass = torch.nn.functional.pad(mass, (0, -mass.shape[-1] % per_column))
-        mass = mass.unflatten(3, (-1, per_column)).sum(-1)
+        mass = filled(mass, 3, per_column).unflatten(3, (-1, per_column)).sum(-1)
         found[:, :, rows, : mass.shape[-1]] = mass / mass.sum(-1, keepdim=True).clamp(min=1e-20)
     return hide(found + FORCED * first_and_own(bound, config), bound)
+
+
+def threshold_for(scores: Tensor, mass: Tensor, coverage: float = 0.9) -> Tensor:
+    """Thresholds by head under which a row takes the blocks that hold ``coverage`` of the true attention mass.
+
+    Of each row, the fewest blocks with that much of ``mass``; the least estimated share among them; the sum of all
+    shares from there up. The mean over rows, and over the batch.
+
+    Args:
+        scores: of :func:`scores`, (B, Hq, Qb, Kb).
+        mass: true attention mass, (B, Hq, Qb, Kb), as `stem_flex.selectors.oracle.block_mass` has it.
+
+    Returns:
+        float32 (Hq,).
+    """
+    shares = share(scores)
+    ordered, index = mass.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    needed = before < coverage * ordered.sum(-1, keepdim=True)
+    least = shares.gather(-1, index).masked_fill(~needed, math.inf).amin(-1, keepdim=True)
+    held = (shares * (shares >= least)).sum(-1) / shares.sum(-1).clamp(min=1e-20)
+    return held.float().mean((0, 2))
+
+
+def from_file(path: str | Path, layer: int) -> Selector:
+    """The selector of one layer with the thresholds that ``python -m bench.calibrate_xattention`` wrote.
+
+    Raises:
+        ValueError: the file has no such layer.
+    """
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    layers = found.get("thresholds", []) if isinstance(found, dict) else []
+    if not 0 <= layer < len(layers):
+        raise ValueError(f"layer must be one of the {len(layers)} layers of {Path(path).name}, got {layer}")
+    return Selector(
+        f"xattention:{layer}",
+        scores,
+        f"XAttention with thresholds of layer {layer} of {Path(path).name}",
+        {"stride": found["stride"], "sink_blocks": 1, "local_blocks": 1},
+        budget=Coverage(tuple(layers[layer])),
+    )
 
 
 def first_and_own(bound: BoundLayout, config: StemConfig) -> Tensor:
@@ -70,12 +123,12 @@ def first_and_own(bound: BoundLayout, config: StemConfig) -> Tensor:
 
 def cells(
     q: Tensor, k: Tensor, bound: BoundLayout, config: StemConfig, name: str
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Strips of the scaled antidiagonal sums: (rows of blocks, logits, hidden).
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Strips of the scaled antidiagonal sums: (rows of blocks, logits, empty).
 
-    ``logits`` is (B, Hq, cells of those rows, cells of the keys up to the last that the strip may see), -inf where
-    ``hidden`` (1 or B, 1, ..., ...) is True: no pair of the cell is allowed. Cells of a row without a real query are
-    hidden throughout.
+    ``logits`` is (B, Hq, cells of those rows, cells of the keys up to the last that the strip may see), -inf where no
+    pair of the cell is allowed. Cell rows without any, where ``empty`` (1 or B, 1, cells, 1) is True, hold anything;
+    None: the host knows that there are none.
     """
     stride = config.stride
     spans_of(bound, name)
@@ -87,17 +140,19 @@ def cells(
         first, last = rows.start * config.query_block, min(rows.stop * config.query_block, q.shape[2])
         start, end = (None if x is None else x - first for x in (bound.query_start, bound.query_end))
         queries = _cut(q[:, :, first:last], start, end, stride, reverse=True)
-        queries = torch.nn.functional.pad(queries, (0, 0, 0, -queries.shape[2] % per_row))
+        queries = filled(queries, 2, per_row)
         seen = -(-last_key(bound, last) // stride)
         logits = product(queries, keys[:, :, :seen], 1 / (math.sqrt(q.shape[-1]) * stride))
         part = slice(rows.start * per_row, rows.start * per_row + queries.shape[2])
-        column = torch.arange(seen, dtype=torch.int32, device=q.device)
+        clear = clear_keys(bound, first) // stride
+        column = torch.arange(clear, seen, dtype=torch.int32, device=q.device)
         lo, hi = (
             torch.nn.functional.pad(x[:, part], (0, queries.shape[2] - x[:, part].shape[1]))[:, None, :, None]
             for x in (fine.lo, fine.hi)
         )
-        hidden = (column < lo) | (column >= hi)
-        yield rows, logits.masked_fill_(hidden, -math.inf), hidden
+        logits[..., clear:].masked_fill_((column < lo) | (column >= hi), -math.inf)
+        whole = bound.layout.plain_causal and last - first == (rows.stop - rows.start) * config.query_block
+        yield rows, logits, None if whole and bound.geometry.kv_len is None else lo >= hi
 
 
 def _cells_layout(q: Tensor, k: Tensor, bound: BoundLayout, stride: int) -> BoundLayout:
@@ -114,5 +169,5 @@ def _cut(x: Tensor, start: Tensor | None, end: Tensor | None, stride: int, *, re
     x = operand(x)
     if start is not None:
         x = torch.where(real_tokens(x.shape[2], start, end, x.device)[:, None, :, None], x, 0)
-    x = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % stride)).unflatten(2, (-1, stride))
+    x = filled(x, 2, stride).unflatten(2, (-1, stride))
     return (x.flip(3) if reverse else x).flatten(3)

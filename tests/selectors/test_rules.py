@@ -42,11 +42,12 @@ def test_above(rows):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_relative(rows, alpha):
-    """At least alpha of the best share; the prompt's last rows keep everything."""
+    """Forced, or at least alpha of the best share; the prompt's last rows keep everything."""
     got = counted(Relative(alpha, full_rows=2), rows)
     for row, scores in enumerate(rows[1, 2]):
-        shares = [float(x) % 2 for x in scores[: row + 1]]
-        wanted = 10 if row >= 8 else sum(x >= alpha * max(shares) for x in shares)
+        seen = [float(x) for x in scores[: row + 1]]
+        best = max(x % 2 for x in seen)
+        wanted = 10 if row >= 8 else sum(x >= 4 or x % 2 >= alpha * best for x in seen)
         assert int(got[1, 2, row]) == wanted
 
 

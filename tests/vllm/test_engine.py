@@ -155,7 +155,10 @@ def test_compiled_attention_and_the_log(open_engine, own, caplog):
     finally:
         logger().removeHandler(caplog.handler)
     assert counts["calls"] == 1
-    assert "runs sparse in layers 1 over CPUAttention (blocks 128 x 128, schedule fixed k_start 1.0" in caplog.text
+    assert (
+        "runs sparse in layers 1 over CPUAttention (selector of the config, budget fixed k_start 1.0, blocks"
+        in caplog.text
+    )
     assert "dense layers: dense_layers: 0, 2" in caplog.text
     assert "1 chunks of 400 prompt tokens ran sparse, density 100.0%" in caplog.text
 

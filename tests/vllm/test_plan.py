@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -110,6 +111,17 @@ def test_min_tokens_0_sends_everything_but_single_tokens():
     found, starts = rows((2, 2, True, 2), (1, 1, True, 1), (7, 7, False, 3), (3, 9, True, 9), settings=everything)
     assert [row.index for row in found] == [0, 3]
     assert runs_between(found, starts, 20) == [(1, 3, 2, 10)]
+
+
+def test_rules_that_read_scores_are_not_foreseen():
+    request = (400, 400, True, 400)  # of which the default schedule keeps everything
+    scheduled = Settings(config=StemConfig(), min_tokens=100, dense_layers=())
+    assert not rows(request, settings=scheduled)[0]
+    for settings in (
+        replace(scheduled, budget=2),
+        replace(scheduled, config=StemConfig(routing="sketch", budget="mass")),
+    ):
+        assert len(rows(request, settings=settings)[0]) == 1
 
 
 @given(sparse=st.lists(st.booleans(), max_size=6), lengths=st.lists(st.integers(0, 3), min_size=6, max_size=6))

@@ -9,7 +9,8 @@ prefilled by Stem, request by request inside mixed batches, chunked and over cac
 and layers that Stem can't serve stay with vLLM's own classes. What can't be served at all is refused at the start.
 
 Settings are those of the transformers integration, as JSON (``stem_flex.integrations.hf_settings``):
-``{"stem_flex": {"config": {StemConfig's fields}, "min_tokens": 8192, "dense_layers": [0, 1]}}``.
+``{"stem_flex": {"config": {StemConfig's fields}, "min_tokens": 8192, "dense_layers": [0, 1], "selector": null,
+"budget": null}}``.
 
 - A prompt of at least ``min_tokens`` is prefilled sparsely, in chunks of at least 128 queries, except for chunks whose
   rows keep all of their blocks anyway, which vLLM's kernel runs. 0 sends every prefill of more than one token to Stem.

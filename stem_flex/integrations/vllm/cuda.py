@@ -23,6 +23,8 @@ class StemFlashImpl(SparseImpl, FlashAttentionImpl):
 class StemFlashBackend(FlashAttentionBackend):
     """FlashAttention, and Stem for long prefill."""
 
+    supports_kv_cache_update_bypass = False  # 0.33: prompts without a cached prefix read the keys that forward gets
+
     @staticmethod
     def get_name() -> str:
         return "CUSTOM"

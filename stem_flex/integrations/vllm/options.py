@@ -10,7 +10,7 @@ from stem_flex.integrations.hf_settings import Settings
 
 KEY = "stem_flex"
 _NAME = f"additional_config[{KEY!r}]"
-_SETTINGS = ("config", "dense_layers", "min_tokens")
+_SETTINGS = ("config", "dense_layers", "min_tokens", "selector", "budget")
 
 
 def asked(vllm_config: Any) -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from stem_flex.budget import tpd_budget
+from stem_flex import selectors
+from stem_flex.budget import Schedule, rule_of, tpd_budget
 from stem_flex.config import StemConfig
 from stem_flex.integrations.hf_settings import Settings, is_prefill
 
@@ -77,16 +78,20 @@ def sparse_rows(
         keys: cached and new tokens of each request.
         prefilling: whether the request still reads its prompt; drafts to verify do not.
         prompts: tokens of each whole prompt, None where unknown: then the tokens so far count as it.
-        settings: ``min_tokens`` and the config.
+        settings: ``min_tokens``, and what chooses.
     """
     rows = []
     rule = {"min_tokens": settings.min_tokens}
+    selector = selectors.resolve(settings.selector, settings.config)
+    config = selector.configured(settings.config)
+    chosen = rule_of(selector.budget if settings.budget is None else settings.budget, config)
+    foreseen = settings.min_tokens > 0 and isinstance(chosen, Schedule)  # other rules read scores
     for index, (start, stop) in enumerate(itertools.pairwise(starts)):
         if not prefilling[index] or not is_prefill(rule, stop - start, prompts[index] or keys[index]):
             continue
-        if settings.min_tokens and keeps_all(keys[index], prompts[index], settings.config):
+        if foreseen and keeps_all(keys[index], prompts[index], config):
             continue
-        allowed = allowed_pairs(keys[index] - stop + start, stop - start, settings.config)
+        allowed = allowed_pairs(keys[index] - stop + start, stop - start, config)
         rows.append(Row(index, start, stop, keys[index], prompts[index], allowed))
     return tuple(rows)
 

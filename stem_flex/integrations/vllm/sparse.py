@@ -69,14 +69,16 @@ class SparseBuilder:
     def _choose_layers(self, spec: Any, names: list[str], vllm_config: Any, settings: Settings) -> bool:
         """Tell each layer of the group whether it runs sparse, and the log."""
         layers, reasons = vllm_config.compilation_config.static_forward_context, {}
-        own = "stem_own" in type(self).__dict__
+        own, model = "stem_own" in type(self).__dict__, vllm_config.model_config
         for name in names:
             layer, number = layers[name], _number(name)
             reason = layer_reason(layer, getattr(spec, "kv_cache_specs", {}).get(name, spec))
             if reason is None and not own:
                 reason = f"attention by {type(self).__name__}"
-            if reason is None and vllm_config.model_config.rswa_window is not None:
+            if reason is None and model.rswa_window is not None:
                 reason = "reference sliding window (R-SWA)"
+            if reason is None and number >= getattr(model.hf_text_config, "num_hidden_layers", number + 1):
+                reason = "drafts"  # of a speculator, whose layers are numbered after the model's
             if reason is None and number in settings.dense_layers:
                 reason = "dense_layers"
             layer.impl.stem_reason = reasons[number] = reason
@@ -196,9 +198,17 @@ class SparseImpl:
         return output
 
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, row: Row | None) -> Tensor:
-        config = self.stem_settings.config
-        offset = k.shape[2] - q.shape[2]
-        mask = stem_block_mask(q, k, v, config, q_offset=offset, prompt_len=row.prompt if row else k.shape[2])
+        settings = self.stem_settings
+        mask = stem_block_mask(
+            q,
+            k,
+            v,
+            settings.config,
+            q_offset=k.shape[2] - q.shape[2],
+            prompt_len=row.prompt if row else k.shape[2],
+            selector=settings.selector,
+            budget=settings.budget,
+        )
         if row is not None:
             counters.add(mask, row.allowed, row.queries, q.shape[1], self.stem_first)
         out = sparse_prefill(q, k, v, mask, scale=self.scale)  # type: ignore[attr-defined]
@@ -250,11 +260,15 @@ def _summary(builder: str, sparse: list[int], reasons: dict[int, str | None], se
         if reason is not None:
             groups.setdefault(reason, []).append(number)
     dense = "; ".join(f"{reason}: {_ranges(numbers)}" for reason, numbers in groups.items())
-    start = "" if config.k_start is None else f" k_start {config.k_start}"
+    chosen = f"selector {settings.selector or 'of the config'}, budget "
+    if settings.budget is not None:
+        chosen += str(settings.budget)
+    else:
+        chosen += config.schedule if config.k_start is None else f"{config.schedule} k_start {config.k_start}"
     return (
         f"prefill of prompts from {settings.min_tokens} tokens runs sparse in layers {_ranges(sparse) or 'none'} over "
-        f"{base} (blocks {config.query_block} x {config.key_block}, schedule {config.schedule}{start}, metric "
-        f"{config.metric})" + (f"; dense layers: {dense}" if dense else "")
+        f"{base} ({chosen}, blocks {config.query_block} x {config.key_block})"
+        + (f"; dense layers: {dense}" if dense else "")
     )
 
 

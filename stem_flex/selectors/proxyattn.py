@@ -1,0 +1,109 @@
+"""ProxyAttn (arXiv 2509.24745): a few pooled heads rank the blocks by tokens, each head has a budget of its own.
+
+Query heads fall into ``proxies`` groups, whose mean queries and mean keys attend token by token, every
+``config.stride``-th query of a block. A block's score is the largest weight that one of its keys gets from a query of
+the row. All heads of a group take their blocks in that order. How many: of each head the last queries attend
+densely, and the share of blocks that hold ``gamma`` of their mass is the share that the head keeps in every row.
+
+The paper's own sizes of groups, strides and gamma were not at hand: these are ours.
+Cost: proxies / heads / stride of dense QK (4 of 32 heads, stride 8: 1.6 %) and the last queries' attention; at 128K
+tokens some 4 G weights are written, read and reduced, 20 ms of an H100.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from stem_flex.config import StemConfig
+from stem_flex.layout import Layout
+from stem_flex.plumbing.binding import BoundLayout
+from stem_flex.selectors.minference import block_share
+from stem_flex.selectors.rules import PREFERRED, Coverage, by_strips, strips
+from stem_flex.selectors.shared import (
+    clear_keys,
+    filled,
+    hide,
+    last_key,
+    operand,
+    prepare,
+    product,
+    spans_of,
+    tail_attention,
+    tail_of,
+)
+
+_WEIGHTS_AT_ONCE = 2**27
+
+
+def scores(
+    q: Tensor, k: Tensor, v: Tensor, config: StemConfig | None = None, *,
+    layout: Layout | BoundLayout | None = None, q_offset: int | Tensor = 0, proxies: int = 4, gamma: float = 0.9,
+) -> Tensor:  # fmt: skip
+    """Share of each block in its row of the group's scores, lifted by 2 where the head's budget takes it.
+
+    Args:
+        q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv), not looked at.
+        config: its stride and block sizes count; None means ``StemConfig()``.
+        layout, q_offset: as in :func:`stem_flex.oam_scores`: causal, padding, sliding windows. Of a chunk the last
+            queries are the chunk's.
+        proxies: groups of heads; fewer where the heads don't divide: the largest common divisor counts.
+        gamma: mass of the last queries to cover, in (0, 1].
+
+    Returns:
+        float32 (B, Hq, Qb, Kb), -inf where the layout allows nothing.
+
+    Raises:
+        ValueError: a layout of documents, of a mask_mod, or that sees the future.
+    """
+    config, bound = prepare(q, k, v, config, layout, q_offset)
+    tail = tail_of(q, bound, config.query_block, "proxyattn")
+    columns, _ = tail_attention(tail, k)
+    mass = block_share(columns / tail.real.sum(-1).clamp(min=1)[:, None, None], bound)
+    needed = Coverage(gamma).counts(bound, config, 1, q.shape[1], mass[:, :, None])
+    some = tail.end > tail.start
+    first = torch.where(some, tail.start, bound.seq_lengths[1]).amin(-1) // config.key_block
+    last = (torch.where(some, tail.end, 0).amax(-1) - 1) // config.key_block
+    part = needed[:, :, 0] / (last - first + 1).clamp(min=1)[:, None]
+    shared = _group_scores(q, k, bound, config, math.gcd(proxies, q.shape[1]))
+    group = q.shape[1] // shared.shape[1]
+    allowed = bound.dense_classes() != 0
+    number = (part[..., None] * allowed.sum(-1) - 1e-4).ceil()  # the division's rounding must not add a block
+    rank = by_strips(hide(shared, bound), _rank).repeat_interleave(group, 1)
+    return hide(shared.repeat_interleave(group, 1) + PREFERRED * (rank < number[..., None]), bound)
+
+
+def _rank(scores: Tensor) -> Tensor:
+    """Place of each block among its row's, the best first: 0, 1, ..."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    place = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
+    return torch.zeros_like(order).scatter_(-1, order, place)
+
+
+def _group_scores(q: Tensor, k: Tensor, bound: BoundLayout, config: StemConfig, proxies: int) -> Tensor:
+    """Largest weight of each block's keys from the pooled queries of the row, rows summing to 1: (B, P, Qb, Kb)."""
+    (q_block, k_block), stride = bound.block_size, config.stride
+    queries = operand(q).unflatten(1, (proxies, -1)).mean(2)[:, :, ::stride]
+    owner = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
+    weight = torch.nn.functional.one_hot(owner, k.shape[1]).unflatten(0, (proxies, -1)).to(queries.dtype).mean(1)
+    keys = torch.einsum("bhjd, ph -> bpjd", operand(k), weight)
+    start, end = (x[:, None, ::stride, None] for x in spans_of(bound, "proxyattn"))
+    per_row = q_block // stride
+    found = torch.zeros(q.shape[0], proxies, bound.q_blocks, bound.k_blocks, device=q.device)
+    for rows in strips(bound.q_blocks, q.shape[0] * proxies * per_row * k.shape[2], _WEIGHTS_AT_ONCE):
+        part = slice(rows.start * per_row, rows.stop * per_row)
+        seen = last_key(bound, min(rows.stop * q_block, q.shape[2]))
+        logits = product(queries[:, :, part], keys[:, :, :seen], q.shape[-1] ** -0.5)
+        logits = filled(logits, 2, part.stop - part.start)
+        clear = clear_keys(bound, rows.start * q_block)
+        key = torch.arange(clear, seen, dtype=torch.int32, device=q.device)
+        logits[..., clear:].masked_fill_((key < start[:, :, part]) | (key >= end[:, :, part]), -math.inf)
+        weights = logits.softmax(-1)
+        if not bound.layout.plain_causal or q.shape[2] % q_block:  # else every query sees a key
+            weights = weights.masked_fill_(end[:, :, part] <= start[:, :, part], 0.0)
+        best = filled(weights.unflatten(2, (-1, per_row)).amax(3), 3, k_block)
+        best = best.unflatten(3, (-1, k_block)).amax(-1).float()
+        found[:, :, rows, : best.shape[-1]] = best / best.sum(-1, keepdim=True).clamp(min=1e-20)
+    return found
