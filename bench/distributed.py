@@ -275,6 +275,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     ranks = Ranks(options)
     config = choose_config(options.config)
     rows: list[dict[str, Any]] = []
+    environment = report.environment()
+    launcher = f"torchrun --nproc-per-node {ranks.world} -m"
+    environment["command"] = environment["command"].replace("python -m", launcher, 1)
+    header = {"environment": environment, "options": vars(options), "ranks": ranks.world}
     with torch.no_grad():
         for mode in options.modes:
             for length in getattr(options, mode):
@@ -284,15 +288,11 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
                 errors = [f"rank {rank}: {e}" for rank, e in enumerate(ranks.all(row.get("error"))) if e is not None]
                 rows.append(row if not errors else {"mode": mode, "tokens": length, "error": "; ".join(errors)})
                 if ranks.rank == 0:
+                    report.write(options.out, "distributed", rows, **header)  # kept if the run is cut short
                     print(f"{mode} {report.short(length)}: {time.perf_counter() - start:.1f} s", flush=True)
         failed = failures(ranks, config)
     if ranks.rank == 0:
-        environment = report.environment()
-        environment["command"] = environment["command"].replace(
-            "python -m", f"torchrun --nproc-per-node {ranks.world} -m", 1
-        )
-        header = {"environment": environment, "options": vars(options), "ranks": ranks.world, "a_rank_fails": failed}
-        present(rows, header, options.out)
+        present(rows, header | {"a_rank_fails": failed}, options.out)
     if started:
         dist.destroy_process_group()
     return rows

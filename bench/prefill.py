@@ -319,6 +319,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             return Length(length, options, config, before).run()
 
         rows.append({"tokens": length} | report.attempt(cells))
+        report.write(options.out, "prefill", rows, **header)  # a run that is cut short keeps what it has
         print(f"{report.short(length)}: {time.perf_counter() - start:.1f} s", flush=True)
     present(rows, options, header)
     return rows

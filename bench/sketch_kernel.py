@@ -148,16 +148,20 @@ def main(arguments: list[str] | None = None) -> None:
         sketch_sums.HALF_TILE = best._replace(span=span)
         rows.append(run(f"best tile, span {span}", middle, SKETCHES[0], options))
     sketch_sums.HALF_TILE = best
+    workspace = sketch_mass.WORKSPACE_BYTES
     for module, name, values in (
         (sketch_proxies, "ELEMENTS_PER_THREAD", (32, 128)),
         (sketch_mass, "KEY_BLOCKS_PER_WARP", (16, 32)),
-        (sketch_mass, "WORKSPACE_BYTES", (32 * 2**20, 64 * 2**20, 256 * 2**20)),
+        (sketch_mass, "ROWS", (16, 32, 128, 192)),
     ):
         default = getattr(module, name)
+        if name == "ROWS":
+            sketch_mass.WORKSPACE_BYTES = 1
         for value in values:
             setattr(module, name, value)
             rows.append(run(f"{name} {value}", middle, SKETCHES[0], options))
         setattr(module, name, default)
+    sketch_mass.WORKSPACE_BYTES = workspace
     save()
     for length in lengths:
         for sizes in SKETCHES:

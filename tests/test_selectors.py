@@ -160,14 +160,18 @@ def test_a_registered_selector_joins_the_table(registry, tmp_path, monkeypatch):
     text = ruler.read_corpus(tokenizer, 100_000)
     monkeypatch.setattr(ruler, "read_corpus", lambda tokenizer: text)
     accuracy.main(["--model", str(tmp_path / "model"), "--device", "cpu", "--selectors", "stem,first-blocks", "--tiny",
-                   "--length", "1K", "--densities", "0.6", "--main-only", "--out", str(tmp_path)])  # fmt: skip
+                   "--length", "1K", "--densities", "0.6", "--rules", "mass:0.1", "--main-only", "--out",
+                   str(tmp_path)])  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "accuracy.jsonl").read_text().splitlines()]
     assert not [row for row in rows if row["section"] == "failure"]
     by_name = {row["selector"]: row for row in rows if row["section"] == "main"}
     assert set(by_name) == {"dense", "stem", "first-blocks"}
     assert by_name["stem"]["computed"] == pytest.approx(by_name["first-blocks"]["computed"], abs=0.03)
     assert by_name["stem"]["loss"] != by_name["first-blocks"]["loss"]
-    assert "first-blocks" in (tmp_path / "accuracy.md").read_text()
+    (ruled,) = [row for row in rows if row["section"] == "rules"]  # Stem's scores are no mass
+    assert ruled["selector"] == "first-blocks"
+    assert 0 < ruled["computed"] < 0.7
+    assert "| first-blocks | mass:0.1 |" in (tmp_path / "accuracy.md").read_text()
 
 
 # ---- the oracle ----

@@ -14,7 +14,7 @@ float32 inputs), for a chunk of ``count`` rows and ``width`` key blocks, P and R
 
     keys      e * B*Hkv*Kb * R*D'
     queries   e * B*Hq*count * P*D'
-    sums      f * B*Hq*count * P*width, at most WORKSPACE_BYTES, or 16 rows of every head
+    sums      f * B*Hq*count * P*width, at most `Sizes.workspace_bytes`, or 16 rows of every head
     tops      8 * B*Hq*count * P*width / BLOCK_J
 
 Model of the reading: ``f*P*Qb*Kb/2`` bytes in and ``4*Qb*Kb/2`` out a head, causal; ~4 operations a sum.
@@ -36,7 +36,12 @@ from stem_flex.kernels.sketch_proxies import Plane, key_plane, proxies, query_pl
 from stem_flex.kernels.sketch_sums import Tile, sum_tiles, sums_stride, tile_of
 
 WORKSPACE_BYTES = 128 * 2**20
-"""Bytes of sums alive at a time, unless 16 rows of every head need more."""
+"""Bytes of sums alive at a time, unless ROWS rows of every head need more."""
+
+MOST_WORKSPACE_BYTES = 512 * 2**20
+"""Most bytes of sums alive at a time (more only if 16 rows of every head need more)."""
+
+ROWS = 64  # tuning: every chunk reads all key proxies again, from memory where they do not fit L2
 
 KEY_BLOCKS_PER_WARP = 64  # tuning: few warps a program, for a warp reduces over its rows without a barrier
 
@@ -81,6 +86,11 @@ class Sizes(NamedTuple):
         """Where the keys' proxies lie."""
         _, _, outliers, means = self.sketch
         return key_plane(self.kv_heads, self.k_len, self.head_dim, self.block_k, outliers, means)
+
+    def workspace_bytes(self, item_size: int) -> int:
+        """Bytes of sums to keep alive at a time for inputs of ``item_size`` bytes an element."""
+        row = self.heads * sum(self.sketch[:2]) * self.k_blocks * (4 if item_size == 4 else 2)
+        return max(WORKSPACE_BYTES, min(MOST_WORKSPACE_BYTES, ROWS * row))
 
     def queries(self, rows: int) -> Plane:
         """Where the proxies of ``rows`` query blocks lie."""

@@ -45,16 +45,17 @@ def _scores(
     check(q, k, rows, block_q, block_k, sketch)
     restrictions = (classes, key_start, key_end, query_start, query_end)
     sizes = sketch_mass.sizes_of(q, k, block_q, block_k, tuple(sketch))
+    workspace_bytes = sizes.workspace_bytes(q.element_size())
     plan = plan_of((
         "sketch", *(None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16)
                     for x in (q, k, rows, *restrictions)),
-        q.device, sizes, causal_offset, sketch_mass.WORKSPACE_BYTES,
+        q.device, sizes, causal_offset, workspace_bytes,
     ))  # fmt: skip
     with _guard(q):
         out = torch.empty(sizes.batch, sizes.q_heads, sizes.q_blocks, sizes.k_blocks, device=q.device)
         if out.numel() == 0:
             return out
-        cut, elements = sketch_mass.chunks(sizes, q.element_size(), causal_offset, sketch_mass.WORKSPACE_BYTES)
+        cut, elements = sketch_mass.chunks(sizes, q.element_size(), causal_offset, workspace_bytes)
         keys = sketch_mass.key_proxies(k, key_start, key_end, sizes, plan)
         room = sketch_mass.room_for(elements, q)
         for chunk in cut:

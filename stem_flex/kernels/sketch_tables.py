@@ -23,12 +23,13 @@ def _tables(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     check(q, k, rows, block_q, block_k, sketch)
     sizes = sketch_mass.sizes_of(q, k, block_q, block_k, tuple(sketch))
+    workspace_bytes = sizes.workspace_bytes(q.element_size())
     _check_span(sizes.k_blocks)
     restrictions = (classes, key_start, key_end, query_start, query_end)
     plan = plan_of((
         "sketch tables", *(None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16)
                            for x in (q, k, rows, levels, *restrictions)),
-        q.device, sizes, threshold, sink, local, partial_columns, width, causal_offset, sketch_mass.WORKSPACE_BYTES,
+        q.device, sizes, threshold, sink, local, partial_columns, width, causal_offset, workspace_bytes,
     ))  # fmt: skip
     with _guard(q):
         buffer, counts = empty_tables(
@@ -37,7 +38,7 @@ def _tables(
         if counts.numel() == 0:
             return buffer, counts
         wanted = torch.empty(counts.shape[1:], dtype=torch.int32, device=q.device)
-        cut, elements = sketch_mass.chunks(sizes, q.element_size(), causal_offset, sketch_mass.WORKSPACE_BYTES)
+        cut, elements = sketch_mass.chunks(sizes, q.element_size(), causal_offset, workspace_bytes)
         strides = [-(-chunk.width // 16) * 16 for chunk in cut]
         most = max(sizes.heads * chunk.height * stride for chunk, stride in zip(cut, strides, strict=True))
         workspace = torch.empty(most, dtype=torch.float32, device=q.device)

@@ -119,14 +119,11 @@ class BoundLayout(Picklable):
 
     def prompts(self) -> tuple[Tensor, Tensor]:
         """Keys [start, end) of the prompt that each row's first real query belongs to, int32 (1 or B, Qb) each."""
-        geometry = self.geometry
-        valid = _intersection([part.valid(geometry) for part in self.layout.parts()])
-        real = rearrange(_real_queries(geometry, valid), "b (i q) -> b i q", q=geometry.q_block)
-        by_block = [
-            rearrange(x, "b (i q) -> b i q", q=geometry.q_block) for x in _prompt(self.layout.parts(), geometry)
-        ]
-        start, end = (_first_real(x, real) for x in torch.broadcast_tensors(*by_block))
-        return start, end
+        geometry, parts = self.geometry, self.layout.parts()
+        real = _real_queries(geometry, _intersection([part.valid(geometry) for part in parts]))
+        both = torch.broadcast_tensors(real, *_prompt(parts, geometry))
+        real, start, end = (rearrange(x, "b (i q) -> b i q", q=geometry.q_block) for x in both)
+        return _first_real(start, real), _first_real(end, real)
 
     def allowed(self) -> Tensor:
         """Which pairs of blocks are allowed, bool (1 or B, 1 or H, Qb, Kb): for small sizes and tests."""

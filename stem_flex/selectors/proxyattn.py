@@ -87,7 +87,8 @@ def _group_scores(q: Tensor, k: Tensor, bound: BoundLayout, config: StemConfig, 
     (q_block, k_block), stride = bound.block_size, config.stride
     queries = operand(q).unflatten(1, (proxies, -1)).mean(2)[:, :, ::stride]
     owner = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
-    weight = torch.nn.functional.one_hot(owner, k.shape[1]).unflatten(0, (proxies, -1)).to(queries.dtype).mean(1)
+    owned = owner[:, None] == torch.arange(k.shape[1], device=q.device)
+    weight = owned.to(queries.dtype).unflatten(0, (proxies, -1)).mean(1)
     keys = torch.einsum("bhjd, ph -> bpjd", operand(k), weight)
     start, end = (x[:, None, ::stride, None] for x in spans_of(bound, "proxyattn"))
     per_row = q_block // stride

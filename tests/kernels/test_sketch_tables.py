@@ -43,6 +43,7 @@ STRUCTURES = {
 )
 def test_streamed_tables_keep_what_scores_and_selection_keep(device, structure, mu, make_qkv, monkeypatch):
     """Chunks of 16 rows, floor and cap active: blocks as from the same scores by the rule, in PyTorch."""
+    monkeypatch.setattr(sketch_mass, "ROWS", 0)
     monkeypatch.setattr(sketch_mass, "WORKSPACE_BYTES", 1)
     options = STRUCTURES[structure]
     offset = options.get("q_offset", 0)
