@@ -150,17 +150,21 @@ FIELDS = [
     {"mu": 0.2},
     {"sink_blocks": 3},
     {"local_blocks": 3},
+    {"routing": "sketch"},
 ]
+MASS = {"routing": "sketch", "budget": "mass", "sketch": (2, 4, 1, 4), "threshold": 0.3, "cap": 6, "mu": 1.0}
+MASS_FIELDS = [{"budget": "peak"}, {"sketch": (0, 2, 0, 2)}, {"threshold": 0.1}, {"floor": 4}, {"cap": 1}]
 
 
-@pytest.mark.parametrize("change", FIELDS, ids=lambda change: next(iter(change)))
+@pytest.mark.parametrize("change", FIELDS + MASS_FIELDS, ids=lambda change: next(iter(change)))
 def test_every_config_field_changes_the_mask(make_qkv, change):
     # 80 blocks, so that the budget has rows to decay over
     q, k, v = make_qkv(Lq=80 * 16)
-    base, changed = (stem_block_mask(q, k, v, StemConfig(**{**SMALL, **options})) for options in ({}, change))
+    given = SMALL | (MASS if change in MASS_FIELDS else {})
+    base, changed = (stem_block_mask(q, k, v, StemConfig(**{**given, **options})) for options in ({}, change))
     base, changed = (testing.block_mask_to_dense(mask) for mask in (base, changed))
     assert not torch.equal(base, changed)
-    assert set(vars(StemConfig())) == {next(iter(option)) for option in FIELDS}
+    assert set(vars(StemConfig())) == {next(iter(option)) for option in FIELDS + MASS_FIELDS}
 
 
 @pytest.mark.parametrize("schedule", ["envelope", "operator", "paper"])
