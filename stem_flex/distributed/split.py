@@ -200,7 +200,7 @@ def _is_mask_mod(part: Layout) -> bool:
 
 def _shells(kept: list[float], world: int) -> list[tuple[Range, Range]]:
     """Each rank's front and back rows, from the outside of the prompt inwards."""
-    before = torch.tensor([0.0, *accumulate(kept)], dtype=torch.float64)
+    before = torch.tensor([0.0, *accumulate(kept)], dtype=torch.float64, device="cpu")
     low, high = 0, len(kept)
     found = []
     for rank in range(world):

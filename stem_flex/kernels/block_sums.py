@@ -82,7 +82,7 @@ def block_sums_kernel(
     keys, lo, hi = keys.contiguous(), lo.contiguous(), hi.contiguous()
     start, end, first, last = (x.contiguous() for x in (*spans, *blocks))
     q_blocks = lo.shape[1]
-    out = torch.full((batch, heads, q_blocks, k_blocks), float("-inf"), device=q.device)
+    out = torch.full((batch, heads, q_blocks, k_blocks), float("-inf"), dtype=torch.float32, device=q.device)
     steps = [x.stride(0) if x.shape[0] > 1 else 0 for x in (start, first, lo)]
     tile = 64 if k_blocks > 16 else 16
     _block_sums_kernel[(q_blocks, batch * heads)](

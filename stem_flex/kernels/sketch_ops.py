@@ -52,7 +52,9 @@ def _scores(
         q.device, sizes, causal_offset, workspace_bytes,
     ))  # fmt: skip
     with _guard(q):
-        out = torch.empty(sizes.batch, sizes.q_heads, sizes.q_blocks, sizes.k_blocks, device=q.device)
+        out = torch.empty(
+            sizes.batch, sizes.q_heads, sizes.q_blocks, sizes.k_blocks, dtype=torch.float32, device=q.device
+        )
         if out.numel() == 0:
             return out
         cut, elements = sketch_mass.chunks(sizes, q.element_size(), causal_offset, workspace_bytes)

@@ -28,7 +28,9 @@ def spargeattn(head: Head, similarity: float, cdf: float | None, topk: float | N
         if cosine_mean(head.q[list(head.row(i))]) <= similarity:
             found.append(set(allowed))
             continue
-        logits = torch.tensor([float(query @ centred[list(head.column(j))].mean(0)) for j in scored])
+        logits = torch.tensor(
+            [float(query @ centred[list(head.column(j))].mean(0)) for j in scored], dtype=torch.float32, device="cpu"
+        )
         shares = dict(zip(scored, logits.double().softmax(0).tolist(), strict=True))
         order, upto, count = sorted(scored, key=lambda j: -shares[j]), 0.0, 0
         for j in order:

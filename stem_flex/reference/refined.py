@@ -16,7 +16,7 @@ def decayed(position: int, prompt: int, keep: int, config: StemConfig) -> int:
         return min(keep, max(1, math.ceil(keep - keep * (1 - config.mu) * position / prompt)))
     if position < keep or prompt - keep <= 1:
         return keep
-    decay = torch.linspace(keep, config.mu * keep, prompt - keep, dtype=torch.float64)
+    decay = torch.linspace(keep, config.mu * keep, prompt - keep, dtype=torch.float64, device="cpu")
     return min(keep, max(1, math.floor(decay[position - keep].item())))
 
 
@@ -31,7 +31,7 @@ def magnitude(norms: Tensor, key_size: int, config: StemConfig) -> Tensor:
     logs = torch.stack([(part.max() + 1e-6).log() for part in parts])
     whole = logs[[len(part) == size for part in parts]]
     if len(whole) < 2:
-        return torch.zeros(len(groups), dtype=torch.float64)
+        return torch.zeros(len(groups), dtype=torch.float64, device="cpu")
     z = ((logs - whole.mean()) / (whole.std() + 1e-6)).clamp(min=0)
     per_key = key_size // size  # parts of a key that have no token count as 0
     return torch.stack([z[i * per_key : (i + 1) * per_key].sum() / per_key for i in range(len(groups))])
@@ -64,7 +64,7 @@ def dsa_keep(
     """
     batch, heads, queries, _ = q.shape
     keys = k.shape[1]
-    kept = torch.zeros(batch, queries, keys, dtype=torch.bool)
+    kept = torch.zeros(batch, queries, keys, dtype=torch.bool, device="cpu")
     for b in range(batch):
         lo, hi = 0 if start is None else start[b], keys if end is None else end[b]
         prompt = hi - lo if prompt_len is None else prompt_len[b]
@@ -102,7 +102,7 @@ def infllm_keep(
     """Which blocks InfLLM-v2 with Stem keeps for each query token and KV head, bool (B, Hkv, Lq, Kb)."""
     (batch, heads, queries, dim), kv_heads, keys = q.shape, k.shape[1], k.shape[2]
     group, blocks = heads // kv_heads, -(-keys // block)
-    kept = torch.zeros(batch, kv_heads, queries, blocks, dtype=torch.bool)
+    kept = torch.zeros(batch, kv_heads, queries, blocks, dtype=torch.bool, device="cpu")
     for b in range(batch):
         hi = keys if end is None else end[b]
         prompt = -(-(hi if prompt_len is None else prompt_len[b]) // block)
@@ -114,7 +114,7 @@ def infllm_keep(
                     continue
                 own = position // block
                 starts = range(0, position - window + 2, stride)
-                mass = torch.zeros(len(starts), dtype=torch.float64)
+                mass = torch.zeros(len(starts), dtype=torch.float64, device="cpu")
                 if len(starts):
                     means = torch.stack([k[b, h, s : s + window].double().mean(0) for s in starts])
                     for g in range(group):

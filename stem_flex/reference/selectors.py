@@ -94,7 +94,7 @@ def kept(
     """bool (B, Hq, Qb, Kb): what ``rule`` and the forced blocks of ``config`` keep together."""
     (B, Hq, Lq, _), (_, Hkv, Lk, _) = q.shape, k.shape
     size, masks = pair(config.block_size), token_mask(layout, B, Hq, Lq, Lk, q_offset)
-    keep = torch.zeros(B, Hq, blocks(Lq, size[0]), blocks(Lk, size[1]), dtype=torch.bool)
+    keep = torch.zeros(B, Hq, blocks(Lq, size[0]), blocks(Lk, size[1]), dtype=torch.bool, device="cpu")
     offsets = per_row(q_offset, B, 0)
     for b in range(B):
         places = row_places(layout, b, Lq, Lk, size, q_offset)
@@ -244,7 +244,7 @@ def antidiagonal_cells(head: Head, i: int) -> Tensor:
     """Scaled antidiagonal sums (cells of row i, cells of all keys); -inf where no pair of the cell is allowed."""
     s, (Lq, Lk) = head.stride, head.mask.shape
     n = head.block[0] // s
-    cells = torch.full((n, blocks(Lk, s)), -math.inf, dtype=torch.float64)
+    cells = torch.full((n, blocks(Lk, s)), -math.inf, dtype=torch.float64, device="cpu")
     real_q, real_k = range(*head.queries), range(*head.keys)
     for a in range(n):
         start = i * head.block[0] + a * s

@@ -49,7 +49,7 @@ def sketch_scores(
     (B, Hq, Lq, _), (_, Hkv, Lk, _) = q.shape, k.shape
     BQ, BK = pair(config.block_size)
     allowed = block_classes(token_mask(layout, B, Hq, Lq, Lk, q_offset, kv_len), (BQ, BK)) > 0
-    scores = torch.full((B, Hq, blocks(Lq, BQ), blocks(Lk, BK)), -math.inf, dtype=torch.float64)
+    scores = torch.full((B, Hq, blocks(Lq, BQ), blocks(Lk, BK)), -math.inf, dtype=torch.float64, device="cpu")
     offsets = per_row(q_offset, B, 0)
     for b in range(B):
         queries_range = query_range(layout, b, Lk, offsets[b], Lq, kv_len)
@@ -86,13 +86,14 @@ def proxies(x: Tensor, valid: tuple[int, int], block: int, outliers: int, means:
 def _row(queries: list[Proxy], keys: list[list[Proxy]]) -> Tensor:
     """Scores (J,) of one query block against the key blocks that it sees."""
     of_block = [j for j, block in enumerate(keys) for _ in block]
+    places = torch.tensor(of_block, dtype=torch.int64, device="cpu")
     vectors = torch.stack([vector for block in keys for vector, _ in block])
-    bias = torch.tensor([math.log(tokens) for block in keys for _, tokens in block], dtype=vectors.dtype)
-    total, weights = torch.zeros(len(keys), dtype=vectors.dtype), 0
-    largest = torch.zeros(len(keys), dtype=vectors.dtype)
+    bias = torch.tensor([math.log(tokens) for block in keys for _, tokens in block], dtype=vectors.dtype, device="cpu")
+    total, weights = torch.zeros(len(keys), dtype=vectors.dtype, device="cpu"), 0
+    largest = torch.zeros(len(keys), dtype=vectors.dtype, device="cpu")
     for vector, tokens in queries:
         attention = torch.softmax(vectors @ vector / math.sqrt(vector.shape[0]) + bias, 0)
-        mass = torch.zeros(len(keys), dtype=vectors.dtype).index_add_(0, torch.tensor(of_block), attention)
+        mass = torch.zeros(len(keys), dtype=vectors.dtype, device="cpu").index_add_(0, places, attention)
         total, weights = total + tokens * mass, weights + tokens
         largest = torch.maximum(largest, mass)
     return total / weights + largest

@@ -42,7 +42,7 @@ def scores(
     """
     config, bound = prepare(q, k, v, config, layout, q_offset)
     per_row, per_column = config.query_block // config.stride, config.key_block // config.stride
-    mass = torch.zeros(*q.shape[:2], bound.q_blocks, bound.k_blocks, device=q.device)
+    mass = torch.zeros(*q.shape[:2], bound.q_blocks, bound.k_blocks, dtype=torch.float32, device=q.device)
     hot = torch.zeros_like(mass, dtype=torch.bool)
     for rows, logits, empty in cells(q, k, bound, config, "cosa"):
         peak = filled(logits, 3, per_column, -torch.inf).unflatten(3, (-1, per_column)).amax(-1)

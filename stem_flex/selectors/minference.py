@@ -120,8 +120,10 @@ def _checked(heads: tuple[Head, ...], number: int) -> tuple[Head, ...]:
 
 @functools.lru_cache(maxsize=256)
 def constant(values: tuple, device: torch.device) -> Tensor:
-    """A tuple as a tensor, kept: making one waits for the host's copy."""
-    return torch.tensor(values, device=device)
+    """A tuple of ints or bools as a tensor, kept: making one waits for the host's copy."""
+    dtype = torch.bool if isinstance(values[0], bool) else torch.int64
+    with torch.inference_mode(False):  # what is kept serves every mode
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _vertical_slash(columns: Tensor, offsets: Tensor, heads: tuple[Head, ...], bound: BoundLayout) -> Tensor:

@@ -92,7 +92,7 @@ def _group_scores(q: Tensor, k: Tensor, bound: BoundLayout, config: StemConfig, 
     keys = torch.einsum("bhjd, ph -> bpjd", operand(k), weight)
     start, end = (x[:, None, ::stride, None] for x in spans_of(bound, "proxyattn"))
     per_row = q_block // stride
-    found = torch.zeros(q.shape[0], proxies, bound.q_blocks, bound.k_blocks, device=q.device)
+    found = torch.zeros(q.shape[0], proxies, bound.q_blocks, bound.k_blocks, dtype=torch.float32, device=q.device)
     for rows in strips(bound.q_blocks, q.shape[0] * proxies * per_row * k.shape[2], _WEIGHTS_AT_ONCE):
         part = slice(rows.start * per_row, rows.stop * per_row)
         seen = last_key(bound, min(rows.stop * q_block, q.shape[2]))

@@ -205,7 +205,7 @@ def saved(prompt_len: int, config: StemConfig | None = None, *, keep: int, key_s
         floor: keys that are kept whatever the budget says.
     """
     check_positive("prompt_len", prompt_len)
-    position = torch.arange(prompt_len) // key_size
+    position = torch.arange(prompt_len, device="cpu") // key_size
     prompt = torch.full_like(position, -(-prompt_len // key_size))
     counts = decayed_budget(position, prompt, check_config(config), keep=keep).clamp(min=floor)
     native = int((position + 1).clamp(max=max(keep, floor)).sum())

@@ -124,7 +124,8 @@ class Part(Budget):
 
 @functools.lru_cache(maxsize=256)
 def _on(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device)
+    with torch.inference_mode(False):  # what is kept serves every mode
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def strips(rows: int, entries: int, most: int = _ENTRIES_AT_ONCE) -> Iterator[slice]:

@@ -63,7 +63,7 @@ def scores(
     """
     config, bound = prepare(q, k, v, config, layout, q_offset)
     per_row, per_column = config.query_block // config.stride, config.key_block // config.stride
-    found = torch.zeros(*q.shape[:2], bound.q_blocks, bound.k_blocks, device=q.device)
+    found = torch.zeros(*q.shape[:2], bound.q_blocks, bound.k_blocks, dtype=torch.float32, device=q.device)
     for rows, logits, empty in cells(q, k, bound, config, "xattention"):
         mass = logits.softmax(-1)
         mass = mass if empty is None else mass.masked_fill_(empty, 0.0)

@@ -92,7 +92,7 @@ class Counters:
         assert self._sum is not None
         if not self._sum.is_cuda:
             return None, self._sum, dict(self._host)
-        value = torch.empty((), dtype=torch.int64, pin_memory=True)
+        value = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True)
         value.copy_(self._sum, non_blocking=True)
         self._elapsed()
         return _event(), value, dict(self._host)

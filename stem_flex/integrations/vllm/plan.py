@@ -115,11 +115,13 @@ def keeps_all(keys: int, prompt: int | None, config: StemConfig) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _dense_blocks(blocks: int, config: StemConfig) -> int:
-    choosy = tpd_budget(blocks, config) < torch.arange(1, blocks + 1)
+    choosy = tpd_budget(blocks, config) < torch.arange(1, blocks + 1, device="cpu")
     return int(choosy.int().argmax()) if bool(choosy.any()) else blocks
 
 
 def allowed_pairs(offset: int, queries: int, config: StemConfig) -> int:
     """Pairs of blocks with an allowed pair of tokens, causal, of one head."""
-    ends = torch.arange(config.query_block, queries + config.query_block, config.query_block).clamp(max=queries)
+    ends = torch.arange(config.query_block, queries + config.query_block, config.query_block, device="cpu").clamp(
+        max=queries
+    )
     return int(((offset + ends - 1) // config.key_block + 1).sum())
