@@ -86,7 +86,7 @@ def test_measures_do_not_depend_on_the_chunk(monkeypatch):
     q, k, v = make()
     mask = stem_block_mask(q, k, v, SMALL)
     whole = recall(q, k, mask), output_error(q, k, v, mask)
-    monkeypatch.setattr("stem_flex.diagnostics._PAIRS_AT_ONCE", 150 * 7)
+    monkeypatch.setattr("stem_flex.diagnostics.measures._PAIRS_AT_ONCE", 150 * 7)
     torch.testing.assert_close(recall(q, k, mask), whole[0])
     torch.testing.assert_close(output_error(q, k, v, mask), whole[1])
 
@@ -193,7 +193,7 @@ def test_forced_cells_are_the_sink_and_the_diagonal():
     pictures = pytest.importorskip("stem_flex.diagnostics.pictures")
     q, k, v = make(B=1)
     mask = stem_block_mask(q, k, v, SMALL)
-    reader = stem_flex.diagnostics.MaskReader(mask, 1, 4)
+    reader = stem_flex.diagnostics.inspection.MaskReader(mask, 1, 4)
     cells, step, density = pictures._cells(mask, reader, 0, 0, SMALL)
     assert step == 1
     assert 0 < density < 1
@@ -217,7 +217,7 @@ def test_pictures_without_matplotlib_say_what_to_install():
 
 def test_32k_tokens_stay_in_bounded_memory():
     """One query chunk and one head at a time: the peak grows with the chunk, not with N squared."""
-    from stem_flex.diagnostics import _PAIRS_AT_ONCE, _streamed
+    from stem_flex.diagnostics.measures import _PAIRS_AT_ONCE, _streamed
 
     q, k, _ = make(B=1, Hq=1, Hkv=1, Lq=32768, Lk=32768, D=8, dtype=torch.float32)
     mask = stem_flex.mask.layout_block_mask(layout.causal(), 1, 1, 32768, 32768)
