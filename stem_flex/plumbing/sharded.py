@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 _F = TypeVar("_F", bound=Callable)
@@ -50,7 +51,7 @@ def _of_ranks(x: Tensor, q: Any) -> Tensor:
     """The DTensor of each rank's output, (B, Hq, Lq, ...) in all, placed as q is."""
     from torch.distributed.tensor import DTensor
 
-    shape = (*q.shape[:3], *x.shape[3:])
+    shape = torch.Size((*q.shape[:3], *x.shape[3:]))
     stride = [1] * len(shape)
     for at in range(len(shape) - 2, -1, -1):
         stride[at] = stride[at + 1] * shape[at + 1]

@@ -148,7 +148,7 @@ def token_attention(
     if indices.dim() != 3 or indices.shape[:2] != (batch, queries) or indices.is_floating_point():
         raise ValueError(f"indices must be int ({batch}, {queries}, W), got {indices.dtype} {tuple(indices.shape)}")
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scale = dim**-0.5 if scale is None else scale
+    factor = float(dim**-0.5) if scale is None else scale
     kv_heads, width = k.shape[1], indices.shape[2]
     out = torch.empty(batch, heads, queries, v.shape[3], dtype=q.dtype, device=q.device)
     group = heads // kv_heads
@@ -161,7 +161,7 @@ def token_attention(
             mine = slice(head * group, (head + 1) * group)
             keys, values = (x[:, head].gather(1, index.expand(-1, -1, x.shape[3])).to(wide) for x in (k, v))
             keys, values = (x.unflatten(1, (-1, width)) for x in (keys, values))
-            logits = torch.einsum("b g r d, b r w d -> b g r w", q[:, mine, strip].to(wide), keys) * scale
+            logits = torch.einsum("b g r d, b r w d -> b g r w", q[:, mine, strip].to(wide), keys) * factor
             weights = logits.masked_fill_(absent[:, None], -math.inf).softmax(-1)
             weights = weights.masked_fill(absent[:, None], 0.0)  # of no key at all, softmax gives NaN
             out[:, mine, strip] = torch.einsum("b g r w, b r w d -> b g r d", weights, values).to(q.dtype)

@@ -223,8 +223,8 @@ def block_attention(
         float32 (float64) (B, Hkv, R, Kb). Blocks after the query's own have 0 or what a mean before it gives.
     """
     groups = rearrange(q.detach().to(means.dtype), "b (h g) r d -> b h g r d", h=means.shape[1])
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = torch.einsum("b h g r d, b h c d -> b h g r c", groups, means) * scale
+    factor = float(q.shape[-1] ** -0.5) if scale is None else scale
+    logits = torch.einsum("b h g r d, b h c d -> b h g r c", groups, means) * factor
     row = torch.arange(q.shape[2], device=q.device)
     position = row[None] + (q_offset.reshape(-1, 1) if isinstance(q_offset, Tensor) else q_offset)
     last = torch.arange(means.shape[2], device=q.device) * sizes.stride + sizes.window - 1
