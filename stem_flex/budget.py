@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,6 +54,14 @@ def causal_density(num_blocks: int, config: StemConfig) -> float:
     return int(torch.minimum(kept, candidates).sum()) / int(candidates.sum())
 
 
+SLACK = 8
+"""A coarse sketch proposes a block that scores above the threshold divided by this, or by its halves until at most
+:meth:`Mass.proposed` blocks of the row do."""
+
+PROPOSED = 256
+"""Blocks of a row that a coarse sketch may propose, or the budget's cap where that is more."""
+
+
 class Budget:
     """A rule for how many blocks each row keeps, the best scores first. The forced blocks are united with them.
 
@@ -77,7 +85,17 @@ class Budget:
         """No row's count is larger. Known without the device: tables are as wide."""
         return bound.k_blocks
 
+    def configured(self, config: StemConfig) -> StemConfig:
+        """``config`` for the scores that this rule is to read: every pair's, unless it is a threshold that a coarse
+        sketch can propose blocks for."""
+        return config if config.coarse is None else _whole(config)
+
     needs_scores = False
+
+
+@functools.lru_cache(maxsize=256)
+def _whole(config: StemConfig) -> StemConfig:
+    return replace(config, coarse=None)
 
 
 @dataclass(frozen=True)
@@ -176,6 +194,9 @@ class Mass(Budget):
     def most(self, bound, config):
         return bound.k_blocks if self.cap is None else min(self.cap, bound.k_blocks)
 
+    def configured(self, config):
+        return config if config.coarse is None else _of_mass(self, config)
+
     def levels(self, bound: BoundLayout, config: StemConfig) -> Tensor | None:
         """Threshold of every row, float32 (1 or B, 1, Qb); None where it is one for all."""
         if config.mu == 1:
@@ -185,6 +206,17 @@ class Mass(Budget):
 
     def _kept(self, scores: Tensor, threshold: float | Tensor) -> Tensor:
         return (scores > threshold).sum(-1, dtype=torch.int32)
+
+    def proposed(self, bound: BoundLayout) -> int:
+        """Most blocks of a row that a coarse sketch may propose."""
+        return min(bound.k_blocks, bound.k_blocks if self.cap is None else max(self.cap, PROPOSED))
+
+
+@functools.lru_cache(maxsize=256)
+def _of_mass(rule: Mass, config: StemConfig) -> StemConfig:
+    if type(rule) is not Mass:  # those compare with what only all scores tell
+        return _whole(config)
+    return replace(config, budget="mass", threshold=rule.threshold, floor=rule.floor, cap=rule.cap)
 
 
 @dataclass(frozen=True)

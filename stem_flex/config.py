@@ -43,6 +43,9 @@ class StemConfig:
             a few proxies of each block (:mod:`stem_flex.selectors.sketch`), and leaves metric, value_weight and
             stride unread.
         sketch: proxies of a block: (outlying queries, means of queries, outlying keys, means of keys).
+        coarse: only with ``budget="mass"``: (outlying queries, outlying keys) that with the mean of each block make a
+            coarser sketch of every pair, so that ``sketch`` looks only at the blocks that this one proposes
+            (:mod:`stem_flex.selectors.sketch`); None: at all.
         budget: ``"tpd"`` counts blocks by the schedule. With ``routing="sketch"`` also a threshold on the estimated
             mass: ``"mass"`` absolute, ``"peak"`` relative to the row's best, ``"coverage"`` cumulative, see
             :class:`stem_flex.budget.Mass`; mu then raises the threshold along the prompt.
@@ -69,6 +72,7 @@ class StemConfig:
     local_blocks: int = 4
     routing: Routing = "oam"
     sketch: tuple[int, int, int, int] = (16, 8, 4, 8)
+    coarse: tuple[int, int] | None = None
     budget: BudgetKind = "tpd"
     threshold: float = 0.05
     floor: int = 1
@@ -218,3 +222,16 @@ def _check_mass(config: StemConfig) -> None:
         )
     if any(o > block for o, block in zip(outliers, blocks, strict=True)):
         raise ValueError(f"sketch must have at most as many outliers as a block has tokens {blocks}, got {sizes}")
+    _check_coarse(config)
+
+
+def _check_coarse(config: StemConfig) -> None:
+    coarse = config.coarse
+    if coarse is None:
+        return
+    if not isinstance(coarse, tuple) or len(coarse) != 2 or not all(_is_int(size) for size in coarse):
+        raise TypeError(f"coarse must be two ints (outlying queries, outlying keys) or None, got {coarse!r}")
+    if not all(0 <= fewer <= outliers for fewer, outliers in zip(coarse, config.sketch[0::2], strict=True)):
+        raise ValueError(f"coarse must have at most the sketch's outliers {config.sketch[0::2]}, got {coarse}")
+    if config.budget != "mass":
+        raise ValueError(f"coarse needs budget='mass', whose threshold it proposes blocks for, got {config.budget!r}")

@@ -141,6 +141,7 @@ def _chosen(
 ) -> BlockTables:
     """Score, then select. A selector's ``fused`` is the Triton backend of the pair, which holds no score matrix."""
     rule = rule_of(selector.budget if budget is None else budget, config)
+    config = rule.configured(config)
     if impl == "triton" and selector.fused is not None:
         tables = selector.fused(q, k, v, bound, config, rule)
         if tables is not None:

@@ -43,6 +43,7 @@ from stem_flex.kernels import (  # noqa: E402
     pool,
     scores,
     select,
+    sketch_fine,
     sketch_mass,
     sketch_ops,
     sketch_proxies,
@@ -100,7 +101,7 @@ def tables(tokens: int, dtype: torch.dtype, metric: str, dim: int = DIM, classes
     )  # fmt: skip
 
 
-def sketched(tokens: int, dtype: torch.dtype, dim: int = DIM, classes: bool = False) -> None:
+def sketched(tokens: int, dtype: torch.dtype, dim: int = DIM, classes: bool = False, coarse=None) -> None:
     """Compile what one mask by the block sketch takes."""
     blocks = tokens // BLOCK
     ints = {"dtype": torch.int32}
@@ -112,15 +113,16 @@ def sketched(tokens: int, dtype: torch.dtype, dim: int = DIM, classes: bool = Fa
     )
     restrictions = (empty(1, 1, blocks, blocks, dtype=torch.int8) if classes else None, *(valid,) * 4)
     options = {"block_q": BLOCK, "block_k": BLOCK, "sketch": [16, 8, 4, 8], "causal_offset": None if classes else 0}
+    options |= {"coarse": coarse, "capacity": 256, "threshold": 0.05}
     sketch_ops._scores(*inputs, *restrictions, **options)
     sketch_tables._tables(
-        *inputs, None, *restrictions, threshold=0.05, floor=1, cap=64, sink=1, local=2, partial_columns=4, width=68,
+        *inputs, None, *restrictions, floor=1, cap=64, sink=1, local=2, partial_columns=4, width=68,
         **options,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    for module in (magnitude, pool, scores, select, sketch_mass, sketch_proxies, sketch_sums):
+    for module in (magnitude, pool, scores, select, sketch_fine, sketch_mass, sketch_proxies, sketch_sums):
         module.launch = compile_only
     for module in (ops, sketch_ops, sketch_tables):
         module._guard = lambda q: contextlib.nullcontext()
@@ -131,6 +133,9 @@ if __name__ == "__main__":
     sketched(16384, torch.bfloat16)
     sketched(4096, torch.float16, dim=192, classes=True)
     sketched(4096, torch.float32, dim=80)
+    sketched(131072, torch.bfloat16, coarse=[4, 1])
+    sketched(4096, torch.float16, dim=192, classes=True, coarse=[8, 2])
+    sketched(4096, torch.float32, dim=80, coarse=[0, 0])
     mass._block_mass_kernel = Warmed(mass._block_mass_kernel)
     sizes = {"dtype": torch.bfloat16}
     mass.block_mass_kernel(empty(1, 4, 4096, 64, **sizes), empty(1, 2, 4096, 64, **sizes), (BLOCK, BLOCK), 0, 0.125)

@@ -25,7 +25,7 @@ def test_every_kernel_compiles(kernels):
     assert {line["kernel"] for line in kernels} == {
         "_pool_kernel", "_magnitude_kernel", "_scores_kernel", "_select_kernel", "_block_mass_kernel",
         "_block_sums_kernel",
-        "_proxies_kernel", "_sums_kernel", "_read_kernel",
+        "_proxies_kernel", "_sums_kernel", "_read_kernel", "_fine_kernel",
     }  # fmt: skip
     assert all(line["cubin"] > 0 for line in kernels)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,27 @@ def test_scores_under_any_layout(data):
     sizes = data.draw(st.sampled_from(SIZES))
     options = {"layout": structure, "q_offset": offset, "kv_len": kv_len, "sketch": sizes}
     got, expected = (f(q, k, v, config, **options) for f in (sketch.scores, reference.sketch_scores))
+    assert_scores(got, expected, 1e-10)
+
+
+@given(st.data())
+def test_proposals_under_any_layout(data):
+    """A coarse sketch proposes, the fine one scores what it proposed, by the definition; also where it is crowded."""
+    q, k, v = (x.double() for x in data.draw(testing.qkv(past=(0, 90), q_len=(1, 120), groups=(1, 3), ties=False)))
+    structure = data.draw(testing.layouts(q, k))
+    threshold, cap = data.draw(st.sampled_from([0.02, 0.2, 0.7])), data.draw(st.sampled_from([2, 256]))
+    sizes = data.draw(st.sampled_from([(4, 2, 3, 2), (2, 1, 1, 8)]))
+    few = data.draw(st.sampled_from([(0, 0), (2, 1)]))
+    config = replace(CONFIG, routing="sketch", sketch=sizes, coarse=few, budget="mass", threshold=threshold, cap=cap,
+                     mu=1.0)  # fmt: skip
+    options = {"layout": structure, "q_offset": data.draw(st.integers(0, k.shape[2] - q.shape[2]))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stem_flex.budget.PROPOSED", cap)
+        got = sketch.scores(q, k, v, config, **options)
+    room = min(cap, -(-k.shape[2] // 16))
+    expected = reference.sketch_scores(
+        q, k, v, config, sketch=sizes, coarse=few, threshold=threshold, capacity=room, **options
+    )
     assert_scores(got, expected, 1e-10)
 
 
@@ -140,3 +162,9 @@ def test_a_single_strong_pair_is_found():
 def test_errors(make_qkv, sizes, message):
     with pytest.raises(ValueError, match=message):
         sketch.scores(*make_qkv(1, 2, 1, 64, 16), CONFIG, sketch=sizes)
+
+
+def test_coarse_outliers_are_some_of_the_fine_ones(make_qkv):
+    config = replace(StemConfig.mass(), coarse=(4, 1))
+    with pytest.raises(ValueError, match=r"at least the outliers of coarse=\(4, 1\), got \(2, 8, 4, 8\)"):
+        sketch.scores(*make_qkv(1, 2, 1, 64, 16), config, sketch=(2, 8, 4, 8))

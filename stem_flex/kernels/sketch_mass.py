@@ -8,15 +8,6 @@ Over the key blocks J that the layout allows to query block I, with the sums of 
 One program reads one query block: its P normalisers, then mean and maximum over P rows, key tile by key tile, and on
 demand the number of scores above a threshold.
 
-Chunks: the proxies of the rows [row, row + count) of every head, their sums and what is read of them are alive together
-and overwritten by the next chunk's. Key proxies are made once. Bytes at the peak (e = bytes an element, f = 2, or 4 of
-float32 inputs), for a chunk of ``count`` rows and ``width`` key blocks, P and R proxies:
-
-    keys      e * B*Hkv*Kb * R*D'
-    queries   e * B*Hq*count * P*D'
-    sums      f * B*Hq*count * P*width, at most `Sizes.workspace_bytes`, or 16 rows of every head
-    tops      8 * B*Hq*count * P*width / BLOCK_J
-
 Model of the reading: ``f*P*Qb*Kb/2`` bytes in and ``4*Qb*Kb/2`` out a head, causal; ~4 operations a sum.
 """
 
@@ -28,20 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stem_flex.kernels import scores as _scores
 from stem_flex.kernels.launch import Plan, launch
 from stem_flex.kernels.pool import _valid_range
 from stem_flex.kernels.scores import Chunk
-from stem_flex.kernels.sketch_proxies import Plane, key_plane, proxies, query_plane
+from stem_flex.kernels.sketch_proxies import Plane, key_plane, query_plane
 from stem_flex.kernels.sketch_sums import Tile, sum_tiles, sums_stride, tile_of
-
-WORKSPACE_BYTES = 128 * 2**20
-"""Bytes of sums alive at a time, unless ROWS rows of every head need more."""
-
-MOST_WORKSPACE_BYTES = 512 * 2**20
-"""Most bytes of sums alive at a time (more only if 16 rows of every head need more)."""
-
-ROWS = 64  # tuning: every chunk reads all key proxies again, from memory where they do not fit L2
 
 KEY_BLOCKS_PER_WARP = 64  # tuning: few warps a program, for a warp reduces over its rows without a barrier
 
@@ -86,11 +68,6 @@ class Sizes(NamedTuple):
         """Where the keys' proxies lie."""
         _, _, outliers, means = self.sketch
         return key_plane(self.kv_heads, self.k_len, self.head_dim, self.block_k, outliers, means)
-
-    def workspace_bytes(self, item_size: int) -> int:
-        """Bytes of sums to keep alive at a time for inputs of ``item_size`` bytes an element."""
-        row = self.heads * sum(self.sketch[:2]) * self.k_blocks * (4 if item_size == 4 else 2)
-        return max(WORKSPACE_BYTES, min(MOST_WORKSPACE_BYTES, ROWS * row))
 
     def queries(self, rows: int) -> Plane:
         """Where the proxies of ``rows`` query blocks lie."""
@@ -190,46 +167,25 @@ def _read_kernel(
 
 
 class Room(NamedTuple):
-    """What the chunks of one call share: query proxies, sums, tops, as large as the largest chunk's."""
+    """What the chunks of one call share: sums and tops, as large as the largest chunk's."""
 
-    queries: Tensor
     sums: Tensor
     tops: Tensor
 
 
-@lru_cache(maxsize=4096)
-def chunks(
-    sizes: Sizes, item_size: int, causal_offset: int | None, workspace_bytes: int
-) -> tuple[tuple[Chunk, ...], tuple[int, int, int]]:
-    """Cut the rows into chunks. Returns (chunks, elements of query proxies, sums and tops of the largest)."""
+def room_for(sizes: Sizes, cut: tuple[Chunk, ...], like: Tensor) -> Room:
+    """Room for any of the chunks, of inputs as ``like``."""
     rows = sizes.heads * sum(sizes.sketch[:2])
-    fours = -(-rows * (4 if item_size == 4 else 2) // 4)  # `scores.chunks` counts elements of four bytes
-    cut, _ = _scores.chunks(
-        fours, sizes.q_blocks, sizes.k_blocks, sizes.block_q, sizes.block_k, causal_offset, workspace_bytes
-    )
-    queries = max((sizes.batch * sizes.q_heads * sizes.queries(chunk.height).stride_h for chunk in cut), default=0)
     sums = max((rows * chunk.height * sums_stride(chunk.width) for chunk in cut), default=0)
     tops = max((2 * rows * chunk.height * -(-chunk.width // sizes.tile.block_j) for chunk in cut), default=0)
-    return cut, (queries, sums, tops)
-
-
-def room_for(elements: tuple[int, int, int], like: Tensor) -> Room:
-    """Room for chunks of that many elements, of inputs as ``like``."""
-    half = like.element_size() == 2
-    dtypes = (like.dtype, torch.float16 if half else torch.float32, torch.float32)
-    return Room(*(torch.empty(n, dtype=dtype, device=like.device) for n, dtype in zip(elements, dtypes, strict=True)))
-
-
-def key_proxies(k: Tensor, key_start: Tensor | None, key_end: Tensor | None, sizes: Sizes, plan: Plan) -> Tensor:
-    """The proxies of all key blocks, 1-D as `Sizes.keys` lays them out, in k's dtype."""
-    plane = sizes.keys
-    keys = torch.empty(sizes.batch * sizes.kv_heads * plane.stride_h, dtype=k.dtype, device=k.device)
-    proxies(k, key_start, key_end, keys, plane, plan, row=0, count=plane.blocks, slot="key proxies")
-    return keys
+    kind = torch.float16 if like.element_size() == 2 else torch.float32
+    return Room(
+        torch.empty(sums, dtype=kind, device=like.device), torch.empty(tops, dtype=torch.float32, device=like.device)
+    )
 
 
 def score_rows(
-    q: Tensor,
+    queries: Tensor,
     keys: Tensor,
     rows: Tensor,
     restrictions: tuple[Tensor | None, ...],
@@ -248,7 +204,8 @@ def score_rows(
     """Score one chunk into float32 ``out``: rows ``row_stride`` elements apart, heads (of B*Hq) ``head_stride``.
 
     Args:
-        keys: of `key_proxies`. room: for this chunk or larger ones.
+        queries: proxies of the chunk's rows, as `Sizes.queries` lays them out; keys: of `key_proxies`.
+        room: sums and tops, for this chunk or larger ones.
         restrictions: classes (int8, last stride 1), key_start, key_end, query_start, query_end, each may be None.
         full: write every pair of the chunk, -inf where the layout does not allow it; else only the allowed pairs.
         counts: int32 (B, Hq, Qb), contiguous, or None: gets how many allowed pairs of each of the chunk's rows score
@@ -257,9 +214,8 @@ def score_rows(
     planes = sizes.queries(chunk.height), sizes.keys
     classes, key_start, key_end, query_start, query_end = restrictions
     class_strides = broadcast_strides(classes)
-    proxies(q, query_start, query_end, room.queries, planes[0], plan, row=chunk.row, count=chunk.height, slot="proxies")
     sum_tiles(
-        room.queries, keys, room.sums, room.tops, rows, (classes, key_start, key_end), class_strides, planes, chunk,
+        queries, keys, room.sums, room.tops, rows, (classes, key_start, key_end), class_strides, planes, chunk,
         sizes.batch, plan, sizes.tile,
     )  # fmt: skip
     per_row = sum(sizes.sketch[:2])

@@ -2,7 +2,7 @@
 
 As the operators of `stem_flex.kernels.ops`: no host sync, no shape that depends on data, no gradient; safe under
 ``torch.compile(fullgraph=True)`` and in CUDA graphs. Launches: key proxies, then query proxies, sums and masses once a
-chunk (`stem_flex.kernels.sketch_mass`).
+chunk, and with a coarse sketch the fine one (`stem_flex.kernels.sketch_chunks`).
 """
 
 import torch
@@ -11,10 +11,13 @@ from torch import Tensor
 from stem_flex.kernels import sketch_mass
 from stem_flex.kernels.launch import plan_of
 from stem_flex.kernels.ops import _DTYPES, _LIBRARY, _check_rows, _guard, _register
+from stem_flex.kernels.sketch_chunks import Chunks, limits
 from stem_flex.kernels.sketch_proxies import MOST_BLOCK
 
 
-def check(q: Tensor, k: Tensor, rows: Tensor, block_q: int, block_k: int, sketch: list[int]) -> None:
+def check(
+    q: Tensor, k: Tensor, rows: Tensor, block_q: int, block_k: int, sketch: list[int], coarse: list[int] | None
+) -> None:
     """Refuse what the kernels would read wrongly. Callers have checked shapes against each other."""
     for name, x in (("q", q), ("k", k)):
         if x.stride(-1) != 1:
@@ -34,22 +37,25 @@ def check(q: Tensor, k: Tensor, rows: Tensor, block_q: int, block_k: int, sketch
         if not 0 <= outliers <= block or means < 1 or means & (means - 1) or block % means:
             raise ValueError(f"sketch must have 0 to {block} {name} outliers and a power of two of {name} means that "
                              f"divides the block, got {outliers} and {means}")  # fmt: skip
+    if coarse is not None and not (0 <= coarse[0] <= q_outliers and 0 <= coarse[1] <= k_outliers):
+        raise ValueError(f"coarse must have at most the sketch's outliers, {q_outliers} of queries and {k_outliers} of "
+                         f"keys, got {coarse}")  # fmt: skip
     _check_rows(rows)
 
 
 def _scores(
     q: Tensor, k: Tensor, rows: Tensor, classes: Tensor | None, key_start: Tensor | None, key_end: Tensor | None,
-    query_start: Tensor | None, query_end: Tensor | None, *, block_q: int, block_k: int, sketch: list[int],
+    query_start: Tensor | None, query_end: Tensor | None, levels: Tensor | None = None, *, block_q: int, block_k: int,
+    sketch: list[int], coarse: list[int] | None = None, capacity: int = 0, threshold: float = 0.0,
     causal_offset: int | None = None,
 ) -> Tensor:  # fmt: skip
-    check(q, k, rows, block_q, block_k, sketch)
+    check(q, k, rows, block_q, block_k, sketch, coarse)
     restrictions = (classes, key_start, key_end, query_start, query_end)
     sizes = sketch_mass.sizes_of(q, k, block_q, block_k, tuple(sketch))
-    workspace_bytes = sizes.workspace_bytes(q.element_size())
     plan = plan_of((
         "sketch", *(None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16)
-                    for x in (q, k, rows, *restrictions)),
-        q.device, sizes, causal_offset, workspace_bytes,
+                    for x in (q, k, rows, levels, *restrictions)),
+        q.device, sizes, None if coarse is None else tuple(coarse), capacity, threshold, causal_offset, limits(),
     ))  # fmt: skip
     with _guard(q):
         out = torch.empty(
@@ -57,36 +63,36 @@ def _scores(
         )
         if out.numel() == 0:
             return out
-        cut, elements = sketch_mass.chunks(sizes, q.element_size(), causal_offset, workspace_bytes)
-        keys = sketch_mass.key_proxies(k, key_start, key_end, sizes, plan)
-        room = sketch_mass.room_for(elements, q)
-        for chunk in cut:
-            sketch_mass.score_rows(
-                q, keys, rows, restrictions, out[:, :, chunk.row :], chunk, sizes.q_blocks * sizes.k_blocks,
-                sizes.k_blocks, sizes, room, plan, full=True,
-            )  # fmt: skip
+        chunks = Chunks(
+            q, k, rows, restrictions, sizes, coarse, capacity, threshold if levels is None else levels, causal_offset,
+            plan,
+        )  # fmt: skip
+        for chunk in chunks.cut:
+            chunks.score(chunk, out[:, :, chunk.row :], sizes.q_blocks * sizes.k_blocks, sizes.k_blocks, full=True)
     return out
 
 
 _register(
     "sketch_scores",
     "(Tensor q, Tensor k, Tensor rows, Tensor? classes, Tensor? key_start, Tensor? key_end, Tensor? query_start, "
-    "Tensor? query_end, *, int block_q, int block_k, int[] sketch, SymInt? causal_offset=None) -> Tensor",
+    "Tensor? query_end, Tensor? levels=None, *, int block_q, int block_k, int[] sketch, int[]? coarse=None, "
+    "SymInt capacity=0, float threshold=0.0, SymInt? causal_offset=None) -> Tensor",
     _scores,
 )
 
 
 @torch.library.register_fake("stem_flex::sketch_scores", lib=_LIBRARY)
-def _(q, k, rows, classes, key_start, key_end, query_start, query_end, *, block_q, block_k, sketch,
-      causal_offset=None):  # fmt: skip
+def _(q, k, rows, classes, key_start, key_end, query_start, query_end, levels=None, *, block_q, block_k, sketch,
+      coarse=None, capacity=0, threshold=0.0, causal_offset=None):  # fmt: skip
     q_blocks, k_blocks = -(-q.shape[2] // block_q), -(-k.shape[2] // block_k)
     return torch.empty((q.shape[0], q.shape[1], q_blocks, k_blocks), dtype=torch.float32, device=q.device)
 
 
 def sketch_scores(
     q: Tensor, k: Tensor, rows: Tensor, classes: Tensor | None = None, key_start: Tensor | None = None,
-    key_end: Tensor | None = None, query_start: Tensor | None = None, query_end: Tensor | None = None, *,
-    block_q: int, block_k: int, sketch: tuple[int, ...], causal_offset: int | None = None,
+    key_end: Tensor | None = None, query_start: Tensor | None = None, query_end: Tensor | None = None,
+    levels: Tensor | None = None, *, block_q: int, block_k: int, sketch: tuple[int, ...],
+    coarse: tuple[int, int] | None = None, capacity: int = 0, threshold: float = 0.0, causal_offset: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Score every block pair by its sketch: float32 (B, Hq, Qb, Kb), -inf where the layout does not allow it.
 
@@ -97,12 +103,17 @@ def sketch_scores(
         classes, key_start, key_end, query_start, query_end, causal_offset: as `stem_flex.kernels.ops.stem_tables`.
         block_q, block_k: block sizes in tokens, powers of two.
         sketch: query outliers, query means, key outliers, key means of a block.
+        coarse: query outliers and key outliers of the sketch that proposes what ``sketch`` looks at
+            (`stem_flex.kernels.sketch_fine`), at most ``capacity`` blocks of a row; None: everything.
+        levels: float32 of three dimensions that broadcasts to (B, Hq, Qb), thresholds of the rows; None: ``threshold``.
+            They are read with ``coarse`` only.
 
     Raises:
         ValueError, TypeError: strides, dtypes, sizes the kernels cannot take. RuntimeError: CPU tensors outside
         Triton's interpreter.
     """
     return torch.ops.stem_flex.sketch_scores.default(
-        q, k, rows, classes, key_start, key_end, query_start, query_end, block_q=block_q, block_k=block_k,
-        sketch=list(sketch), causal_offset=causal_offset,
+        q, k, rows, classes, key_start, key_end, query_start, query_end, levels, block_q=block_q, block_k=block_k,
+        sketch=list(sketch), coarse=None if coarse is None else list(coarse), capacity=capacity, threshold=threshold,
+        causal_offset=causal_offset,
     )  # fmt: skip

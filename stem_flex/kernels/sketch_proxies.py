@@ -137,11 +137,14 @@ def _distances(
 
 @triton.jit(do_not_specialize=["length", "row", "blocks"])
 def _proxies_kernel(
-    x, out, start, end, stride_b, stride_h, stride_t, out_h, out_i, out_p, length, row, blocks,
+    x, out, coarse, start, end, stride_b, stride_h, stride_t, out_h, out_i, out_p, coarse_h, coarse_i, coarse_p, length,
+    row, blocks,
     HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OUTLIERS: tl.constexpr,
-    MEANS: tl.constexpr, WIDE: tl.constexpr,
+    MEANS: tl.constexpr, COARSE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program a block; axes of tiles: token of the group, group, dim. WIDE: a block spans 2^31 elements.
+
+    ``coarse``, unless None, gets the first COARSE outliers and the block's mean.
 
     The block is read for its means, for the distances and, outliers only, to be copied: from memory once. Holding it
     as float32 in between would take half a multiprocessor's registers.
@@ -157,6 +160,7 @@ def _proxies_kernel(
     if WIDE:
         stride_t = stride_t.to(tl.int64)
         out_p = out_p.to(tl.int64)
+        coarse_p = coarse_p.to(tl.int64)
     whole = (first >= low) & (first + BLOCK <= high)
     if whole:
         sums, counts = _means(x, first, low, high, stride_t, D, WIDTH, TOKENS, MEANS, False)
@@ -164,8 +168,11 @@ def _proxies_kernel(
         sums, counts = _means(x, first, low, high, stride_t, D, WIDTH, TOKENS, MEANS, True)
     means = sums / tl.maximum(counts, 1.0)[:, None]
     tl.store(out + ((OUTLIERS + g) * out_p)[:, None] + d[None, :], means.to(out.dtype.element_ty))
+    center = tl.sum(sums, axis=0) / tl.maximum(tl.sum(counts, axis=0), 1.0)
+    if coarse is not None:
+        coarse += (b * HEADS + h).to(tl.int64) * coarse_h + i.to(tl.int64) * coarse_i
+        tl.store(coarse + COARSE * coarse_p + d, center.to(coarse.dtype.element_ty))
     if OUTLIERS > 0:
-        center = tl.sum(sums, axis=0) / tl.maximum(tl.sum(counts, axis=0), 1.0)
         if whole:
             far = _distances(x, center, first, low, high, stride_t, D, WIDTH, TOKENS, MEANS, False)
         else:
@@ -176,15 +183,19 @@ def _proxies_kernel(
         keep = chosen & (far >= 0)[:, :, None] & (d < D)[None, None, :]
         tile = tl.load(x + (token * stride_t)[:, :, None] + d[None, None, :], mask=keep, other=0.0)
         tl.store(out + (place * out_p)[:, :, None] + d[None, None, :], tile, mask=chosen)
+        if COARSE > 0:
+            first_ones = (place < COARSE)[:, :, None]
+            tl.store(coarse + (place * coarse_p)[:, :, None] + d[None, None, :], tile, mask=first_ones)
 
 
 @lru_cache(maxsize=256)
-def _proxies_meta(plane: Plane, stride_t: int) -> dict[str, object]:
+def _proxies_meta(plane: Plane, coarse: Plane | None, stride_t: int) -> dict[str, object]:
     warps = plane.block * plane.width // (32 * ELEMENTS_PER_THREAD)
     wide = max(plane.block * abs(stride_t), plane.proxies * plane.stride_p) >= 2**31
     return dict(
         HEADS=plane.heads, D=plane.head_dim, WIDTH=plane.width, BLOCK=plane.block, OUTLIERS=plane.outliers,
-        MEANS=plane.means, WIDE=wide, num_warps=max(1, min(MOST_WARPS, warps)),
+        MEANS=plane.means, COARSE=0 if coarse is None else coarse.outliers, WIDE=wide,
+        num_warps=max(1, min(MOST_WARPS, warps)),
     )  # fmt: skip
 
 
@@ -199,14 +210,19 @@ def proxies(
     row: int,
     count: int,
     slot: str,
+    coarse: tuple[Tensor, Plane] | None = None,
 ) -> None:
     """Write the proxies of the blocks [row, row + count) of every head of x (B, H, L, D), unit last stride.
 
     ``start`` and ``end``: None, or int32 (B,): real tokens, start <= token < end. ``out``: x's dtype, 1-D, as ``plane``
-    lays it out, block ``row`` first.
+    lays it out, block ``row`` first. ``coarse``: another such pair, of at most as many outliers and one mean, the
+    block's.
     """
+    fewer, fewer_plane = (None, None) if coarse is None else coarse
+    strides = (0, 0, 0) if fewer_plane is None else (fewer_plane.stride_h, fewer_plane.stride_i, fewer_plane.stride_p)
     args = (
-        x, out, start, end, *x.stride()[:3], plane.stride_h, plane.stride_i, plane.stride_p, plane.length, row, count
+        x, out, fewer, start, end, *x.stride()[:3], plane.stride_h, plane.stride_i, plane.stride_p, *strides,
+        plane.length, row, count,
     )  # fmt: skip
-    meta = _proxies_meta(plane, x.stride(2))
+    meta = _proxies_meta(plane, fewer_plane, x.stride(2))
     launch(_proxies_kernel, x.shape[0] * plane.heads * count, args, meta, plan, (slot, row))

@@ -33,6 +33,9 @@ def sketch_scores(
     q_offset: int | Tensor = 0,
     kv_len: int | Tensor | None = None,
     sketch: tuple[int, int, int, int] = (16, 8, 4, 8),
+    coarse: tuple[int, int] | None = None,
+    threshold: float = 0.05,
+    capacity: int = 256,
     impl: str = "auto",
 ) -> Tensor:
     """Score of every pair of blocks, mean and largest mass of the key block's proxies. Computed in float64.
@@ -40,6 +43,8 @@ def sketch_scores(
     Args:
         q: (B, Hq, Lq, D). k: (B, Hkv, Lk, D). v: not looked at.
         sketch: query outliers, query means, key outliers, key means of a block.
+        coarse: query outliers and key outliers of the sketch that proposes what is looked at by ``sketch``: what it
+            scores above threshold / 8, or the smallest doubling of that which leaves at most ``capacity`` of a row.
         impl: accepted for the sake of one signature; there is one implementation.
 
     Returns:
@@ -57,10 +62,20 @@ def sketch_scores(
         for h in range(Hq):
             queries = proxies(q[b, h].double().cpu(), queries_range, BQ, *sketch[:2])
             keys = proxies(k[b, h // (Hq // Hkv)].double().cpu(), keys_range, BK, *sketch[2:])
+            few = coarse or (0, 0)
+            few_queries = proxies(q[b, h].double().cpu(), queries_range, BQ, few[0], 1)
+            few_keys = proxies(k[b, h // (Hq // Hkv)].double().cpu(), keys_range, BK, few[1], 1)
             for i, of_block in enumerate(queries):
                 seen = allowed[b, h, i].nonzero().flatten().tolist()
-                if seen:
+                if not seen:
+                    continue
+                if coarse is None:
                     scores[b, h, i, seen] = _row(of_block, [keys[j] for j in seen])
+                else:
+                    fewer = few_queries[i], [few_keys[j] for j in seen]
+                    scores[b, h, i, seen] = _looked_at(
+                        of_block, [keys[j] for j in seen], *fewer, coarse[0], sketch[0], threshold / 8, capacity
+                    )
     return scores if q.dtype == torch.float64 else scores.float()
 
 
@@ -97,3 +112,42 @@ def _row(queries: list[Proxy], keys: list[list[Proxy]]) -> Tensor:
         total, weights = total + tokens * mass, weights + tokens
         largest = torch.maximum(largest, mass)
     return total / weights + largest
+
+
+def _logits(query: Tensor, block: list[Proxy]) -> Tensor:
+    """Logits of one query proxy with the proxies of one key block, which count as often as they stand for tokens."""
+    return torch.stack([vector @ query / math.sqrt(query.shape[0]) + math.log(tokens) for vector, tokens in block])
+
+
+def _softmax(logits: list[Tensor]) -> Tensor:
+    """Share of each block, whose logits are given, in the softmax over all of them."""
+    shares = torch.cat(logits).softmax(0).split([len(of_block) for of_block in logits])
+    return torch.stack([share.sum() for share in shares])
+
+
+def _looked_at(
+    queries: list[Proxy], keys: list[list[Proxy]], few_queries: list[Proxy], few_keys: list[list[Proxy]],
+    few_outliers: int, outliers: int, lowest: float, capacity: int,
+) -> Tensor:  # fmt: skip
+    """Scores (J,) of one query block: by all its proxies of the blocks that its few ones propose, else by those."""
+    found = _row(few_queries, few_keys)
+    while int((found > lowest).sum()) > capacity:
+        lowest *= 2
+    proposed = (found > lowest).nonzero().flatten().tolist()
+    others = [j for j in range(len(keys)) if j not in proposed]
+    total, weights = torch.zeros(len(proposed), dtype=found.dtype, device="cpu"), 0
+    largest = torch.zeros_like(total)
+    real = few_queries[-1][1]  # tokens of the block: what its mean stands for
+    for a, (query, tokens) in enumerate(queries):
+        stand_in = few_queries[a if a < min(few_outliers, outliers, real) else -1][0]
+        if not proposed:
+            continue
+        mass = _softmax([_logits(query, keys[j]) for j in proposed])
+        seen = _softmax([_logits(stand_in, block) for block in few_keys])[proposed].sum()
+        beside = [_logits(stand_in, few_keys[j]) for j in others]
+        by_size = _softmax([_logits(query, keys[j]) for j in proposed] + beside)[: len(proposed)].sum()
+        mass = mass * max(seen, by_size)
+        total, weights = total + tokens * mass, weights + tokens
+        largest = torch.maximum(largest, mass)
+    found[proposed] = total / max(weights, 1) + largest
+    return found

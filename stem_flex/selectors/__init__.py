@@ -132,6 +132,7 @@ register(
     experimental=True,
     fused=sketch.tables,
     sketch=_MEANS,
+    coarse=None,
     mu=1.0,
 )
 register(
@@ -141,6 +142,7 @@ register(
     experimental=True,
     fused=sketch.tables,
     sketch=_MEANS,
+    coarse=None,
     mu=0.7,
 )
 register(
@@ -150,6 +152,7 @@ register(
     experimental=True,
     fused=sketch.tables,
     sketch=(16, 8, 4, 8),
+    coarse=None,
     mu=1.0,
 )
 register("oracle", oracle.scores, "the largest true attention mass any token gives the block", mu=1.0)

@@ -10,6 +10,18 @@ M[a, J] the mass of query proxy a on key block J and w_a the tokens that a stand
 
 Cost: (query proxies x key proxies) / block^2 of dense QK, 1.8 % for 24 x 12 of 128. A mean over a whole block, as the
 antidiagonal scores take, averages a single strong token pair away; this doesn't.
+
+With ``config.coarse`` a coarser sketch, the first few of the same outliers and one mean a block, scores every pair so,
+and proposes those above the threshold / 8 (`stem_flex.budget.SLACK`), or above the smallest doubling of that which
+leaves at most 256 blocks of a row (`stem_flex.budget.PROPOSED`, or the budget's cap). Only their masses are taken by
+the finer one. What was not proposed keeps its coarse score, and counts in the softmax's denominator by the coarse
+exponentials of a stand-in: the same query proxy, or the query block's mean where the coarse sketch has no such proxy. A
+proxy's masses on the proposed blocks add up to
+
+    max(own / (own + unseen), 1 - unseen / all)
+
+with its own exponentials on them and the stand-in's on the others and on all. The cost that is left grows with what
+rows keep, and a coarse pair of 5 x 2 proxies costs a thirtieth of one of 24 x 12.
 """
 
 from __future__ import annotations
@@ -20,7 +32,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from stem_flex.budget import Budget, Mass
+from stem_flex.budget import SLACK, Budget, Mass
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
 from stem_flex.plumbing.binding import BoundLayout
@@ -86,9 +98,12 @@ def score(
     if resolve(impl, q) == "triton":
         from stem_flex.kernels.sketch_ops import sketch_scores
 
+        rule = Mass(config.threshold, config.floor, config.cap)
+        proposes = {} if config.coarse is None else {"coarse": config.coarse, "capacity": rule.proposed(bound)}
         return sketch_scores(
-            q, k, bound.rows, *bound.restrictions, block_q=config.query_block, block_k=config.key_block,
-            sketch=sketch, causal_offset=bound.causal_offset,
+            q, k, bound.rows, *bound.restrictions, levels=rule.levels(bound, config) if proposes else None,
+            threshold=float(rule.threshold), block_q=config.query_block, block_k=config.key_block, sketch=sketch,
+            causal_offset=bound.causal_offset, **proposes,
         )  # fmt: skip
     return torch_scores(q, k, bound, config, sketch)
 
@@ -112,6 +127,8 @@ def tables(q: Tensor, k: Tensor, v: Tensor, bound: BoundLayout, config: StemConf
         block_q=config.query_block,
         block_k=config.key_block,
         sketch=sketch_of(config),
+        coarse=config.coarse,
+        capacity=rule.proposed(bound),
         sink=min(config.sink_blocks, bound.k_blocks),
         local=min(config.local_blocks, bound.k_blocks),
         partial_columns=partial_columns,
@@ -137,31 +154,83 @@ def sketch_of(config: StemConfig, sketch: Sketch | None = None) -> Sketch:
             raise ValueError(f"sketch must have 0 to {block} {name} outliers, got {sketch}")
         if means < 1 or means & (means - 1) or block % means:
             raise ValueError(f"sketch must have a power of two of {name} means that divides {block}, got {sketch}")
+    if config.coarse is not None and (sketch[0] < config.coarse[0] or sketch[2] < config.coarse[1]):
+        raise ValueError(f"sketch must have at least the outliers of coarse={config.coarse}, got {sketch}")
     return sketch
 
 
 def torch_scores(q: Tensor, k: Tensor, bound: BoundLayout, config: StemConfig, sketch: Sketch) -> Tensor:
-    """The scores in PyTorch, some rows at a time."""
-    queries, q_tokens = proxies(q, config.query_block, *sketch[:2], bound.query_start, bound.query_end)
-    keys, k_tokens = proxies(k, config.key_block, *sketch[2:], bound.key_start, bound.key_end)
-    queries = rearrange(queries, "b (h g) i a d -> b h g i a d", h=k.shape[1])
-    keys = rearrange(keys, "b h j r d -> b h 1 1 d (j r)")
-    bias = rearrange(k_tokens.log(), "b j r -> b 1 1 1 (j r)")
-    per_block, rows, pairs = k_tokens.shape[2], q_tokens.shape[1], q.shape[0] * q.shape[1] * q_tokens.shape[2]
-    step = rows if torch.compiler.is_compiling() else max(1, _PAIRS_AT_ONCE // max(1, pairs * bias.shape[-1]))
+    """The scores in PyTorch, some rows at a time; with ``config.coarse`` both sketches look at every pair."""
+    fine = _sides(q, k, bound, config, sketch)
+    coarse = None if config.coarse is None else _sides(q, k, bound, config, (config.coarse[0], 1, config.coarse[1], 1))
+    rows = fine[0].shape[3]
+    pairs = q.shape[0] * q.shape[1] * sum(sketch[:2]) * fine[2].shape[3] * fine[2].shape[4]
+    step = rows if torch.compiler.is_compiling() else max(1, _PAIRS_AT_ONCE // max(1, pairs))
     found = []
     for first in range(0, rows, step):
         part = slice(first, first + step)
         visible = bound.dense_classes(first, first + step) != EMPTY
-        logits = rearrange(queries[:, :, :, part] @ keys, "b h g i a n -> b (h g) i a n") / math.sqrt(q.shape[-1])
-        hidden = ~visible.repeat_interleave(per_block, -1)[:, :, :, None]
-        mass = (logits + bias).masked_fill_(hidden, -math.inf).softmax(-1)
-        mass = reduce(mass, "b h i a (j r) -> b h i a j", "sum", r=per_block)
-        weight = q_tokens[:, None, part]
-        mean = (mass * weight[..., None]).sum(3) / weight.sum(-1, keepdim=True)
-        peak = mass.masked_fill((weight == 0)[..., None], 0).amax(3)
-        found.append((mean + peak).masked_fill(~visible, -math.inf))
+        logs, weight = _block_logs(fine, part, visible)
+        if coarse is None:
+            normal, score = logs.logsumexp(-1, keepdim=True), None
+        else:
+            coarse_logs, coarse_weight = _block_logs(coarse, part, visible)
+            normal = coarse_logs.logsumexp(-1, keepdim=True)
+            score = _score(coarse_logs - normal, coarse_weight).masked_fill(~visible, -math.inf)
+            proposed = _proposed(score, bound, config, part)
+            stand_in = torch.arange(logs.shape[3], device=q.device).clamp(max=coarse_logs.shape[3] - 1)
+            hidden = proposed[:, :, :, None]
+            unseen = coarse_logs.masked_fill(hidden, -math.inf).logsumexp(-1, keepdim=True)[:, :, :, stand_in]
+            seen = coarse_logs.masked_fill(~hidden, -math.inf).logsumexp(-1, keepdim=True)[:, :, :, stand_in]
+            logs = logs.masked_fill(~hidden, -math.inf)
+            own = logs.logsumexp(-1, keepdim=True)
+            share = torch.maximum((own - unseen).sigmoid(), (seen - normal[:, :, :, stand_in]).exp())
+            normal = own - share.log()
+            score = torch.where(proposed, _score(logs - normal, weight), score)
+        score = _score(logs - normal, weight) if score is None else score
+        found.append(score.masked_fill(~visible, -math.inf))
     return torch.cat(found, 2)
+
+
+_Sides = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _sides(q: Tensor, k: Tensor, bound: BoundLayout, config: StemConfig, sketch: Sketch) -> _Sides:
+    """Query proxies (B, Hkv, G, Qb, P, D) over sqrt(D), their tokens (B or 1, Qb, P), and both of the keys,
+    (B, Hkv, D, Kb, R) and (B or 1, Kb, R)."""
+    queries, q_tokens = proxies(q, config.query_block, *sketch[:2], bound.query_start, bound.query_end)
+    keys, k_tokens = proxies(k, config.key_block, *sketch[2:], bound.key_start, bound.key_end)
+    queries = rearrange(queries, "b (h g) i a d -> b h g i a d", h=k.shape[1]) / math.sqrt(q.shape[-1])
+    return queries, q_tokens, rearrange(keys, "b h j r d -> b h d j r"), k_tokens
+
+
+def _block_logs(sides: _Sides, part: slice, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Of some rows: ln of the sums of exponentials, (B, Hq, I, P, Kb), -inf outside ``visible``, and the tokens that
+    each query proxy stands for, (B or 1, 1, I, P)."""
+    queries, q_tokens, keys, k_tokens = sides
+    flat = rearrange(keys, "b h d j r -> b h 1 1 d (j r)")
+    logits = rearrange(queries[:, :, :, part] @ flat, "b h g i a (j r) -> b (h g) i a j r", r=keys.shape[4])
+    logs = (logits + k_tokens.log()[:, None, None, None]).logsumexp(-1)
+    return logs.masked_fill_(~visible[:, :, :, None], -math.inf), q_tokens[:, None, part]
+
+
+def _score(logs: Tensor, weight: Tensor) -> Tensor:
+    """Mean and maximum over the query proxies of masses whose logarithms are given."""
+    mass = logs.exp()
+    mean = (mass * weight[..., None]).sum(3) / weight.sum(-1, keepdim=True)
+    return mean + mass.masked_fill((weight == 0)[..., None], 0).amax(3)
+
+
+def _proposed(score: Tensor, bound: BoundLayout, config: StemConfig, part: slice) -> Tensor:
+    """The blocks that coarse scores (B, Hq, I, Kb) propose to look at more closely."""
+    rule = Mass(config.threshold, config.floor, config.cap)
+    levels, most = rule.levels(bound, config), rule.proposed(bound)
+    level = torch.full((1, 1, 1), rule.threshold, device=score.device) if levels is None else levels[:, :, part]
+    lowest = level[..., None].to(score.dtype) / SLACK
+    for _ in range(math.ceil(math.log2(2 * SLACK / rule.threshold)) + 1):  # no score exceeds 2
+        crowded = (score > lowest).sum(-1, keepdim=True) > most
+        lowest = torch.where(crowded, 2 * lowest, lowest)
+    return score > lowest
 
 
 def proxies(

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from stem_flex import StemConfig, layout, reference
-from stem_flex.kernels import sketch_mass, sketch_sums
+from stem_flex.kernels import sketch_chunks, sketch_mass, sketch_sums
 from stem_flex.kernels.scores import Chunk
+from stem_flex.kernels.sketch_chunks import Chunks
 from stem_flex.kernels.sketch_sums import Tile
 from stem_flex.selectors import sketch
 from tests.kernels.loops import devices, on
@@ -55,8 +56,8 @@ STRUCTURES = {
 @devices
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_scores_are_the_definition(device, structure, monkeypatch):
-    monkeypatch.setattr(sketch_mass, "ROWS", 0)
-    monkeypatch.setattr(sketch_mass, "WORKSPACE_BYTES", 1)  # chunks of 16 rows
+    monkeypatch.setattr(sketch_chunks, "ROWS", 0)
+    monkeypatch.setattr(sketch_chunks, "WORKSPACE_BYTES", 1)  # chunks of 16 rows
     Lq, Lk, options = STRUCTURES[structure]
     compare(device, *inputs(1, 1, 1, Lq, Lk, 16), CONFIG, 2e-5, options)
 
@@ -140,23 +141,22 @@ def test_large_logits_stay_exact(device):
 
 
 @devices
-def test_rows_are_counted_in_passing(device):
+def test_rows_are_counted_in_passing(device, monkeypatch):
     """Chunks of 16 rows, not full: allowed pairs are written, those above one threshold or each row's are counted."""
     q, k, v = inputs(1, 2, 1, 19 * 16, 19 * 16, 16)
     expected = reference.sketch_scores(q, k, v, CONFIG, sketch=SIZES)[0]
     q, k, rows = on(device, q, k, layout.causal().bind(1, 2, 304, 304, block_size=(16, 16)).rows)
+    monkeypatch.setattr(sketch_chunks, "ROWS", 0)
+    monkeypatch.setattr(sketch_chunks, "WORKSPACE_BYTES", 1)
     sizes = sketch_mass.sizes_of(q, k, 16, 16, SIZES)
-    cut, elements = sketch_mass.chunks(sizes, 4, 0, 1)
-    assert cut == (Chunk(0, 16, 16), Chunk(16, 3, 19))
-    keys, room = sketch_mass.key_proxies(k, None, None, sizes, {}), sketch_mass.room_for(elements, q)
     counts = torch.full((1, 2, 19), -1, dtype=torch.int32, device=device)
     levels = torch.rand(1, 2, 19, device=device) / 2
-    for chunk, threshold in zip(cut, (levels, 0.25), strict=True):
+    for place, threshold in enumerate((levels, 0.25)):
+        chunks = Chunks(q, k, rows, (None,) * 5, sizes, None, 0, threshold, 0, {})
+        assert chunks.cut == (Chunk(0, 16, 16), Chunk(16, 3, 19))
+        chunk = chunks.cut[place]
         out = torch.full((2, 16, 32), math.nan, device=device)
-        sketch_mass.score_rows(
-            q, keys, rows, (None,) * 5, out, chunk, 16 * 32, 32, sizes, room, {}, full=False, counts=counts,
-            threshold=threshold,
-        )  # fmt: skip
+        chunks.score(chunk, out, 16 * 32, 32, full=False, counts=counts)
         part = slice(chunk.row, chunk.row + chunk.height)
         allowed = ~expected[:, part].isneginf()
         assert torch.equal(~out[:, : chunk.height, :19].isnan().cpu(), allowed)

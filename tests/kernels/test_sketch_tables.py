@@ -7,7 +7,7 @@ import torch
 
 from stem_flex import StemConfig, layout, stem_block_mask
 from stem_flex.budget import Mass
-from stem_flex.kernels import sketch_mass, sketch_sums
+from stem_flex.kernels import sketch_chunks, sketch_sums
 from stem_flex.plumbing.tables import block_classes
 from stem_flex.select import select_blocks
 from stem_flex.selectors import sketch
@@ -38,18 +38,19 @@ STRUCTURES = {
 
 
 @devices
+@pytest.mark.parametrize("coarse", [None, (1, 1)])
 @pytest.mark.parametrize(
     ("structure", "mu"), [("causal", 1.0), ("causal", 0.5), ("chunk", 1.0), ("padding", 0.5), ("documents", 1.0)]
 )
-def test_streamed_tables_keep_what_scores_and_selection_keep(device, structure, mu, make_qkv, monkeypatch):
+def test_streamed_tables_keep_what_scores_and_selection_keep(device, structure, mu, coarse, make_qkv, monkeypatch):
     """Chunks of 16 rows, floor and cap active: blocks as from the same scores by the rule, in PyTorch."""
-    monkeypatch.setattr(sketch_mass, "ROWS", 0)
-    monkeypatch.setattr(sketch_mass, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(sketch_chunks, "ROWS", 0)
+    monkeypatch.setattr(sketch_chunks, "WORKSPACE_BYTES", 1)
     options = STRUCTURES[structure]
     offset = options.get("q_offset", 0)
     q, k, v = on(device, *make_qkv(2, 2, 1, 110 - offset, 16, Lk=110))
     q = q * 3
-    config = config_of(budget="mass", threshold=0.3, floor=2, cap=3, mu=mu)
+    config = config_of(budget="mass", threshold=0.3, floor=2, cap=3, mu=mu, coarse=coarse)
     mask = stem_block_mask(q, k, v, config, impl="triton", **options)
     bound = mask.structure
     scores = sketch.scores(q, k, v, config, layout=bound, impl="triton")
