@@ -129,8 +129,8 @@ def _chosen_path(
     if kernel is not None:
         record(module, "dense", q, k)
         return dense_causal(q, k, v, scale=scaling, kernel=kernel)
-    record(module, "stem" if stem else "exact", q, k)
     block_mask = _selected(q, k, v, mask) if stem else _exact(mask)
+    record(module, "stem" if stem else "exact", q, k, block_mask if stem else None)
     return _attend(q, k, v, block_mask, scaling, softcap, sinks)
 
 
