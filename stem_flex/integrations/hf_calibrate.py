@@ -22,6 +22,7 @@ from stem_flex.plumbing.checks import check_config
 __all__ = ["Calibration", "CalibrationError", "Measured", "calibrate"]
 
 THRESHOLDS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
+CONFIDENCE = 0.95
 _ROWS_AT_ONCE = 2048  # of logits, in float32
 
 
@@ -98,7 +99,7 @@ def calibrate(
     config: StemConfig | None = None,
     dense_layers: Iterable[int] | Callable[[int], bool] = DEFAULT_DENSE_LAYERS,
     before: Sequence[int] | None = None,
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
     every: bool = False,
     progress: bool = True,
 ) -> Calibration:
