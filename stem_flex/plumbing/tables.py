@@ -167,6 +167,28 @@ def _listed(counts: Tensor, indices: Tensor, k_blocks: int) -> Tensor:
     return found.scatter_(-1, index, True)[..., :k_blocks]
 
 
+def kept_bits(block_mask: BlockMask) -> Tensor:
+    """Which blocks the lists state, bit j % 32 of word j // 32, int32 (B, H, Qb, ceil(Kb / 32))."""
+    words = -(-block_mask.seq_lengths[1] // block_mask.BLOCK_SIZE[1] // 32)
+    shape = block_mask.kv_num_blocks.shape
+    bits = torch.zeros(*shape, words + 1, dtype=torch.int32, device=block_mask.kv_num_blocks.device)
+    one = torch.ones((), dtype=torch.int32, device=bits.device)
+    for counts, indices in (
+        (block_mask.kv_num_blocks, block_mask.kv_indices),
+        (block_mask.full_kv_num_blocks, block_mask.full_kv_indices),
+    ):
+        if counts is None or indices is None:
+            continue
+        # rows of our own tables overlap behind their stride; an entry is listed once, so that adding is setting
+        columns = min(indices.shape[-1], indices.stride(2)) if shape[2] > 1 else indices.shape[-1]
+        column = torch.arange(columns, dtype=torch.int32, device=bits.device)
+        for chunk in _chunks(shape[2], shape[0] * shape[1] * columns):
+            index = indices[:, :, chunk, :columns]
+            place = torch.where(column < counts[:, :, chunk, None], index >> 5, words)
+            bits[:, :, chunk].scatter_add_(-1, place.long(), one << (index & 31))
+    return bits[..., :words]
+
+
 def block_mask_mod(block_mask: BlockMask) -> MaskModFn:
     """The tokens that a BlockMask computes, by its block lists and its mask_mod, as a mask_mod."""
     classes = block_classes(block_mask)
