@@ -42,6 +42,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=report.parse_lengths, default=[8192])
     parser.add_argument("--windows", type=int, default=8, help="of each length, which do not overlap")
     parser.add_argument("--key-block", type=int, default=128)
+    parser.add_argument("--correction", choices=["mean"], help="what becomes of dropped blocks")
     parser.add_argument("--dense-layers", type=int, nargs="*", default=[], help="layers that stay dense")
     parser.add_argument("--every", action="store_true", help="also thresholds past the first that loses too much")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> Calibration:
         text: Any = [path.read_text(encoding="utf-8", errors="replace") for path in options.text]
     else:
         text = torch.from_numpy(ruler.read_corpus(tokenizer).tokens)
-    config = replace(StemConfig.mass(), block_size=(128, options.key_block))
+    config = replace(StemConfig.mass(), block_size=(128, options.key_block), correction=options.correction)
     try:
         found = calibrate(
             model,

@@ -15,6 +15,7 @@ from stem_flex import StemConfig, compose, layout, reference, stem_attention, st
 from stem_flex.attention import sparse_prefill
 from stem_flex.mask import layout_block_mask
 from stem_flex.plumbing import means
+from stem_flex.plumbing.slices import rows_of
 from stem_flex.plumbing.tables import block_classes, kept_bits
 
 SMALL = StemConfig(block_size=16, stride=4, schedule="fixed", k_start=1, sink_blocks=0, local_blocks=1)
@@ -172,6 +173,20 @@ def test_what_is_not_served_is_refused(make_qkv):
         sparse_prefill(q, k, v, composed, correction="mean")
     with pytest.raises(ValueError, match="return_lse must be False on the CPU"):
         stem_attention(q, k, v, CONFIG, return_lse=True)
+
+
+@given(data=st.data())
+def test_rows_apart_are_the_rows_of_the_whole(data):
+    q, k, v = data.draw(testing.qkv(dtypes=(torch.float64,), past=(0, 60), q_len=(40, 200)))
+    structure = data.draw(testing.layouts(q, k, mask_mod=False))
+    (B, H, Lq, _), Lk = q.shape, k.shape[2]
+    bound = structure.bind(B, H, Lq, Lk, q_offset=Lk - Lq, block_size=(16, 16))
+    whole = two_calls(q, k, v, stem_block_mask(q, k, v, SMALL, layout=bound))
+    for first, last in ((0, 1), (1, bound.q_blocks)):
+        rows = slice(first * 16, min(last * 16, Lq))
+        mask = stem_block_mask(q[:, :, rows], k, v, SMALL, layout=rows_of(bound, first, last))
+        for got, want in zip(two_calls(q[:, :, rows], k, v, mask), whole, strict=True):
+            torch.testing.assert_close(got, want[:, :, rows], atol=1e-9, rtol=1e-9)
 
 
 def test_a_composed_interval_is_served(make_qkv):

@@ -111,10 +111,11 @@ def merged(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[
 def block_means(x: Tensor, block: int) -> Tensor:
     """Mean of each block of tokens of x (B, H, L, D), (B, H, Kb, D), summed in float32.
 
-    A ragged last block, which no query may see entirely, counts its missing tokens as zeros.
+    Zeros for a ragged last block, which no query may see entirely.
     """
-    x = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % block))
-    return rearrange(x, "b h (j t) d -> b h j t d", t=block).mean(3, dtype=torch.float32).to(x.dtype)
+    whole = x[:, :, : x.shape[2] // block * block]
+    found = rearrange(whole, "b h (j t) d -> b h j t d", t=block).mean(3, dtype=torch.float32).to(x.dtype)
+    return torch.nn.functional.pad(found, (0, 0, 0, 1)) if x.shape[2] % block else found
 
 
 def _spans(bound: BoundLayout) -> Spans:
