@@ -10,6 +10,7 @@ about Python for models with a chat format. Writes calibrate.json and calibrate.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -92,4 +93,7 @@ def write(folder: Path, rows: Iterable[Measured], **found: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CalibrationError as error:
+        sys.exit(str(error))
