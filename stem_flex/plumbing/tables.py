@@ -173,20 +173,29 @@ def kept_bits(block_mask: BlockMask) -> Tensor:
     shape = block_mask.kv_num_blocks.shape
     bits = torch.zeros(*shape, words + 1, dtype=torch.int32, device=block_mask.kv_num_blocks.device)
     one = torch.ones((), dtype=torch.int32, device=bits.device)
-    for counts, indices in (
-        (block_mask.kv_num_blocks, block_mask.kv_indices),
-        (block_mask.full_kv_num_blocks, block_mask.full_kv_indices),
-    ):
-        if counts is None or indices is None:
-            continue
-        # rows of our own tables overlap behind their stride; an entry is listed once, so that adding is setting
-        columns = min(indices.shape[-1], indices.stride(2)) if shape[2] > 1 else indices.shape[-1]
+    for counts, indices, columns in _narrow(block_mask):
         column = torch.arange(columns, dtype=torch.int32, device=bits.device)
         for chunk in _chunks(shape[2], shape[0] * shape[1] * columns):
             index = indices[:, :, chunk, :columns]
             place = torch.where(column < counts[:, :, chunk, None], index >> 5, words)
+            # a block is listed once, so that adding is setting
             bits[:, :, chunk].scatter_add_(-1, place.long(), one << (index & 31))
     return bits[..., :words]
+
+
+def _narrow(block_mask: BlockMask) -> list[tuple[Tensor, Tensor, int]]:
+    """Counts, indices, and columns that hold all of them, of both lists."""
+    partial, full = block_mask.kv_indices, block_mask.full_kv_indices
+    if full is None or block_mask.full_kv_num_blocks is None:
+        return [(block_mask.kv_num_blocks, partial, partial.shape[-1])]
+    columns = (partial.shape[-1], full.shape[-1])
+    if isinstance(block_mask, StemBlockMask) and not torch.compiler.is_compiling():
+        # rows of our own tables hold one list behind the other, or where there is no full block partial ones alone,
+        # and overlap behind both
+        first, width = full.storage_offset() - partial.storage_offset(), partial.stride(2)
+        if 0 < first < width:
+            columns = (min(width, columns[0]), min(width - first, columns[1]))
+    return [(block_mask.kv_num_blocks, partial, columns[0]), (block_mask.full_kv_num_blocks, full, columns[1])]
 
 
 def block_mask_mod(block_mask: BlockMask) -> MaskModFn:
