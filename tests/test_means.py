@@ -171,6 +171,9 @@ def test_what_is_not_served_is_refused(make_qkv):
     composed = compose(mask, lambda b, h, i, j: (i - j) % 3 > 0)
     with pytest.raises(ValueError, match="needs a layout of one interval of keys for each query"):
         sparse_prefill(q, k, v, composed, correction="mean")
+    traced = torch.compile(stem_attention, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="correction='mean' is not served inside"):
+        traced(q, k, v, CONFIG)
     with pytest.raises(ValueError, match="return_lse must be False on the CPU"):
         stem_attention(q, k, v, CONFIG, return_lse=True)
 

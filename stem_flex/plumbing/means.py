@@ -43,6 +43,11 @@ class Means(NamedTuple):
 
 def refuse_correction(block_mask: BlockMask, score_mod: object, needs_grad: bool) -> None:
     """Raise ValueError for what the correction does not serve."""
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "correction='mean' is not served inside torch.compile, whose CPU kernel takes no keys that the graph made; "
+            "call it outside, as the transformers integration does: its kernels are compiled by themselves"
+        )
     bound = getattr(block_mask, "structure", None)
     if not isinstance(bound, BoundLayout) or block_mask.mask_mod is not bound.mask_mod:
         raise ValueError(

@@ -189,12 +189,12 @@ def _narrow(block_mask: BlockMask) -> list[tuple[Tensor, Tensor, int]]:
     if full is None or block_mask.full_kv_num_blocks is None:
         return [(block_mask.kv_num_blocks, partial, partial.shape[-1])]
     columns = (partial.shape[-1], full.shape[-1])
-    if isinstance(block_mask, StemBlockMask) and not torch.compiler.is_compiling():
+    if isinstance(block_mask, StemBlockMask):
         # rows of our own tables hold one list behind the other, or where there is no full block partial ones alone,
         # and overlap behind both
-        first, width = full.storage_offset() - partial.storage_offset(), partial.stride(2)
+        first, width = full.storage_offset() - partial.storage_offset(), int(partial.stride(2))
         if 0 < first < width:
-            columns = (min(width, columns[0]), min(width - first, columns[1]))
+            columns = (min(width, columns[0]), min(width - int(first), columns[1]))
     return [(block_mask.kv_num_blocks, partial, columns[0]), (block_mask.full_kv_num_blocks, full, columns[1])]
 
 
