@@ -114,7 +114,7 @@ class Sparse:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if layer in self.dense_layers:
             return Dense()(layer, q, k, v, scale)
-        return attend(q, k, v, self.block_mask(q, k, v), scale)
+        return attend(q, k, v, self.block_mask(q, k, v), scale, self.config.correction)
 
     def block_mask(self, q: Tensor, k: Tensor, v: Tensor) -> BlockMask:
         """The blocks of these q, k, v."""
@@ -212,14 +212,16 @@ def rule_named(label: str, selector: Selector) -> Budget | None:
     return None if selector.scores is oam_scores else RULES[name](float(threshold))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float, correction: str | None = None
+) -> Tensor:
     """flex_attention by its Triton kernel on CUDA, its C++ kernel on a CPU."""
     options = None
     if q.is_cuda and block_mask.BLOCK_SIZE[0] < 128:
         options = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
     backend = "triton" if q.is_cuda else "cpu"
     with torch.no_grad():
-        out = sparse_prefill(q, k, v, block_mask, scale=scale, backend=backend, options=options)
+        out = sparse_prefill(q, k, v, block_mask, scale=scale, backend=backend, options=options, correction=correction)
     assert isinstance(out, Tensor)
     return out
 

@@ -56,7 +56,7 @@ class Configured:
         rows = mask.kv_num_blocks.shape[2]
         counts = mask.kv_num_blocks if mask.full_kv_num_blocks is None else mask.kv_num_blocks + mask.full_kv_num_blocks
         self.kept.append((counts.sum(), counts.shape[0] * counts.shape[1] * rows * (rows + 1) // 2))
-        return attend.attend(q, k, v, mask, scale)
+        return attend.attend(q, k, v, mask, scale, self.config.correction)
 
     def density(self) -> float:
         """Computed part of the causal block pairs so far."""
@@ -98,11 +98,20 @@ def policies(options: argparse.Namespace) -> list[Any]:
     found: list[Any] = [attend.Dense()]
     for threshold in options.thresholds:
         config = replace(base, threshold=threshold, sketch=sketch, block_size=size)
-        found.append(Configured(f"mass > {threshold:g}", config))
+        found += corrected(f"mass > {threshold:g}", config, options.corrections)
     for density in options.stem:
         config = StemConfig(schedule="fixed", k_start=density, sink_blocks=1, local_blocks=2)
-        found.append(Configured(f"Stem {density:.0%}", config))
+        found += corrected(f"Stem {density:.0%}", config, options.corrections)
     return found
+
+
+def corrected(name: str, config: StemConfig, corrections: list[str]) -> list[Configured]:
+    """The configuration with each correction, "none" for without."""
+    named = {"none": name}
+    return [
+        Configured(named.get(x, f"{name}, {x}"), replace(config, correction=None if x == "none" else x))  # type: ignore
+        for x in corrections
+    ]
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -132,6 +141,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--thresholds", type=floats, default=[0.05])
     parser.add_argument("--stem", type=floats, default=[0.25], help="fixed parts of the blocks, to compare with")
     parser.add_argument("--sketch", type=lambda text: [int(x) for x in text.split(",")], help="four sizes")
+    parser.add_argument("--corrections", nargs="+", choices=["none", "mean"], default=["none"])
     parser.add_argument("--key-block", type=int, default=128)
     parser.add_argument("--families", nargs="+", help="of bench.ruler; by default those that suit the model")
     parser.add_argument("--samples", type=int, default=24)

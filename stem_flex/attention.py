@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from stem_flex.budget import Budget, causal_density
-from stem_flex.config import StemConfig
+from stem_flex.config import CORRECTIONS, StemConfig
 from stem_flex.diagnostics.selftest import check_block_lists
 from stem_flex.layout import Layout
 from stem_flex.mask import stem_block_mask
+from stem_flex.plumbing import means
 from stem_flex.plumbing.ambient import cast_as_sdpa, refuse_transforms, without_autocast
 from stem_flex.plumbing.backend import Decision, choose, kernel_options
 from stem_flex.plumbing.binding import BoundLayout
@@ -116,6 +117,7 @@ def stem_attention(
         backend=backend,
         return_lse=return_lse,
         options=options,
+        correction=config.correction,
     )
 
 
@@ -183,6 +185,7 @@ def sparse_prefill(
     backend: str = "auto",
     return_lse: bool = False,
     options: dict | None = None,
+    correction: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compiled flex_attention under any BlockMask, one compiled function for each kind of call.
 
@@ -191,11 +194,34 @@ def sparse_prefill(
     all later ones. A mask_mod or score_mod that reads a float (on FLASH any number) has them for each value, on TRITON
     up to four.
 
+    With ``correction="mean"`` dropped blocks are one token each (:mod:`stem_flex.plumbing.means`), forward only: on
+    CUDA by a second call over the means, always TRITON's, merged by log-sum-exp; on the CPU, which has none, behind the
+    keys of one call.
+
     Raises:
-        ValueError: the BlockMask does not fit q and k, or the backend can't serve the call.
+        ValueError: the BlockMask does not fit q and k, or the backend or the correction can't serve the call.
         RuntimeError: flex_attention would run eagerly.
     """
-    return _sparse_prefill(*cast_as_sdpa(q, k, v), block_mask, scale, score_mod, backend, return_lse, options)
+    q, k, v = cast_as_sdpa(q, k, v)
+    run = _sparse_prefill if correction is None else _corrected_prefill
+    if correction not in CORRECTIONS:
+        raise ValueError(f"correction must be one of {CORRECTIONS}, got {correction!r}")
+    return run(q, k, v, block_mask, scale, score_mod, backend, return_lse, options)
+
+
+@without_autocast
+def _corrected_prefill(q, k, v, block_mask, scale, score_mod, backend, return_lse, options) -> Any:
+    check_qkv(q, k, v)
+    _check_mask(q, k, block_mask)
+    means.refuse_correction(block_mask, score_mod, _needs_grad(q, k, v, score_mod))
+    if not q.is_cuda:
+        more = means.behind(q, k, v, block_mask)
+        return _sparse_prefill(q, more.k, more.v, more.mask, scale, more.score_mod, backend, return_lse, options)
+    out, lse = _sparse_prefill(q, k, v, block_mask, scale, None, backend, True, options)
+    more = means.alone(q, k, v, block_mask)
+    other, other_lse = _sparse_prefill(q, more.k, more.v, more.mask, scale, None, "triton", True, None)
+    out, lse = means.merged(out, lse, other, other_lse + math.log(block_mask.BLOCK_SIZE[1]))
+    return (out, lse) if return_lse else out
 
 
 @without_autocast

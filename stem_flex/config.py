@@ -11,11 +11,13 @@ Schedule = Literal["envelope", "operator", "paper", "fixed"]
 
 Routing = Literal["oam", "sketch"]
 BudgetKind = Literal["tpd", "mass", "peak", "coverage"]
+Correction = Literal["mean"]
 
 METRICS: tuple[Metric, ...] = ("zscore", "log")
 SCHEDULES: tuple[Schedule, ...] = ("envelope", "operator", "paper", "fixed")
 ROUTINGS: tuple[Routing, ...] = ("oam", "sketch")
 BUDGETS: tuple[BudgetKind, ...] = ("tpd", "mass", "peak", "coverage")
+CORRECTIONS: tuple[Correction | None, ...] = (None, "mean")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,6 +52,8 @@ class StemConfig:
             mass: ``"mass"`` absolute, ``"peak"`` relative to the row's best, ``"coverage"`` cumulative, see
             :class:`stem_flex.budget.Mass`; mu then raises the threshold along the prompt.
         threshold, floor, cap: of a budget by mass: the threshold, and the fewest and most blocks a row keeps by it.
+        correction: what attention makes of blocks that were not kept. None: nothing. ``"mean"``: each that a query may
+            see entirely is one more token, see :mod:`stem_flex.plumbing.means`. No part of the mask.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came, and the fix.
@@ -77,6 +81,7 @@ class StemConfig:
     threshold: float = 0.05
     floor: int = 1
     cap: int | None = 256
+    correction: Correction | None = None
 
     @classmethod
     def operator(cls) -> StemConfig:
@@ -128,6 +133,8 @@ class StemConfig:
                 raise ValueError(f"{name} must be 0 or more, got {count}")
         _check_k_start(self.k_start, self.schedule)
         _check_mass(self)
+        if self.correction not in CORRECTIONS:
+            raise ValueError(f"correction must be one of {CORRECTIONS}, got {self.correction!r}")
 
 
 def _is_int(value: object) -> bool:
@@ -159,6 +166,7 @@ def _options(config: StemConfig) -> tuple:
         config.threshold,
         config.floor,
         config.cap,
+        config.correction,
     )
 
 

@@ -130,6 +130,7 @@ def dense_sparse_prefill(
     score_mod: Any = None,
     backend: str = "auto",
     return_lse: bool = False,
+    correction: str | None = None,
 ) -> Tensor:
     """``stem_flex.attention.sparse_prefill`` without a compiler: block lists and mask_mod, token by token."""
     assert not return_lse
@@ -145,6 +146,12 @@ def dense_sparse_prefill(
     i, j = torch.arange(queries).view(-1, 1), torch.arange(keys)
     kept = (classes == 2) | ((classes == 1) & block_mask.mask_mod(b, h, i, j))
     group = heads // k.shape[1]
+    if correction is not None:
+        listed = block_classes(block_mask) > 0
+        allowed = block_mask.mask_mod(b, h, i, j).expand(batch, heads, -1, -1)
+        return reference.mean_corrected_attention(q, k, v, allowed, listed, (q_block, k_block), scale=scale)[0].to(
+            q.dtype
+        )
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q.double() @ k.double().mT * (dim**-0.5 if scale is None else scale)
     if score_mod is not None:

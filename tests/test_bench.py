@@ -39,6 +39,25 @@ def test_prefill(tmp_path):
     assert (tmp_path / "prefill.csv").exists()
 
 
+def test_calibrate(tmp_path, monkeypatch, exactly):
+    from bench import calibrate, models
+    from stem_flex.integrations.hf_calibrate import CalibrationError
+    from tests.hf_models import tiny_model
+
+    tokenizer = calibrate.load(models.SHIPPED, torch.device("cpu"))[1]
+    model = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=2048)
+    monkeypatch.setattr(calibrate, "load", lambda *_: (model, tokenizer))
+    common = ["--text", str(models.SHIPPED / "document.txt"), "--lengths", "512", "--windows", "2", "--key-block", "64",
+              "--device", "cpu", "--out", str(tmp_path)]  # fmt: skip
+    found = calibrate.main([*common, "--loss", "5", "--thresholds", "0.9,1e-9"])
+    written = json.loads((tmp_path / "calibrate.json").read_text())
+    assert written["threshold"] == found.config.threshold == 0.9
+    assert written["rows"][0]["density"] == 1.0 > written["rows"][1]["density"]
+    with pytest.raises(CalibrationError, match="is not reached at 512 tokens"):
+        calibrate.main([*common, "--loss", "1e-12", "--thresholds", "0.9"])
+    assert len(json.loads((tmp_path / "calibrate.json").read_text())["rows"]) == 1
+
+
 def test_a_failing_cell_is_a_result():
     def fail():
         raise RuntimeError("no\nsuch kernel")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -113,6 +115,59 @@ def test_gradients_are_those_of_dense_masked_softmax(qkv):
     (logits.softmax(-1) @ v).square().sum().backward()
     for ours, theirs in zip(leaves, exact, strict=True):
         assert (ours.grad.double() - theirs.grad).norm() <= 1e-2 * theirs.grad.norm()
+
+
+MEANS = replace(CONFIG, correction="mean")
+
+
+@pytest.mark.parametrize("length", [2048, 1999])
+def test_means_stand_for_what_is_dropped(qkv, backend, length):
+    q, k, v = qkv(length)
+    structure = layout.padding(torch.tensor([length - 100], device="cuda"))
+    out, lse = stem_attention(q, k, v, MEANS, layout=structure, backend=backend, return_lse=True)
+    q, k, v = (x.cpu() for x in (q, k, v))
+    mask = stem_block_mask(*(x.cuda() for x in (q, k, v)), CONFIG, layout=structure)
+    tokens = reference.token_mask(layout.padding([length - 100]), 1, 8, length, length)
+    keep = (block_classes(mask) > 0).cpu()
+    expected, expected_lse = reference.mean_corrected_attention(q, k, v, tokens, keep, 128)
+    assert (out.double().cpu() - expected).norm() <= 1e-2 * expected.norm()
+    torch.testing.assert_close(lse.double().cpu(), expected_lse, atol=2e-2, rtol=1e-2)
+
+
+def test_blocks_of_equal_keys_lose_nothing(qkv, backend):
+    q, k, v = qkv(4096)
+    k = k[:, :, ::128].repeat_interleave(128, 2)
+    out = stem_attention(q, k, v, MEANS, backend=backend)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert (out - dense).norm() <= 1e-2 * dense.norm()
+    assert (stem_attention(q, k, v, CONFIG, backend=backend) - dense).norm() > 0.1 * dense.norm()
+
+
+def test_means_in_a_graph_that_waits_for_nothing(qkv, backend):
+    static = qkv(1024)
+    for _ in range(2):
+        stem_attention(*static, MEANS, backend=backend)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stem_attention(*static, MEANS, backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = stem_attention(*static, MEANS, backend=backend)
+    for place, new in zip(static, qkv(1024, seed=1), strict=True):
+        place.copy_(new)
+    graph.replay()
+    assert torch.equal(out, stem_attention(*static, MEANS, backend=backend))
+
+
+def test_two_compilations_of_means_serve_twenty_lengths(qkv):
+    _compiled.cache_clear()
+    torch._dynamo.reset()
+    counters.clear()
+    for length in range(700, 2700, 100):
+        stem_attention(*qkv(length), MEANS, backend="triton")
+    assert counters["stats"]["unique_graphs"] <= 4  # two of the blocks, two of the means
 
 
 def test_auto_says_when_it_is_dense(qkv):

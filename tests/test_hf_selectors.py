@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers", reason="the hf extra is not i
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 import stem_flex.integrations.hf as stem_hf  # noqa: E402
-from stem_flex import layout, selectors, stem_block_mask  # noqa: E402
+from stem_flex import StemConfig, layout, reference, selectors, stem_block_mask  # noqa: E402
 from stem_flex.budget import Blocks, Budget, Coverage, Mass, Schedule  # noqa: E402
 from stem_flex.integrations import hf_attention  # noqa: E402
 from stem_flex.integrations.hf_settings import Settings  # noqa: E402
@@ -103,6 +103,24 @@ def test_selector_and_rule_survive_saving(llama, tmp_path):
 def test_settings_with_a_rule_are_json(budget):
     plain = json.loads(json.dumps(Settings(budget=budget).to_json()))
     assert Settings.from_json(plain).to_json() == plain
+
+
+def test_settings_of_a_mass_budget_are_json():
+    config = replace(StemConfig.mass(0.07), block_size=(128, 64), sketch=(8, 8, 2, 8), correction="mean")
+    plain = Settings(config=config).to_json()
+    assert plain["config"]["sketch"] == [8, 8, 2, 8]
+    assert Settings.from_json(json.loads(json.dumps(plain))).config == config
+
+
+@pytest.mark.parametrize("change", [{}, {"correction": "mean"}])
+def test_layers_correct_what_they_drop(change, llama, exactly, selections, monkeypatch):
+    config, outputs = replace(SPARSE, **change), []
+    run = hf_attention.sparse_prefill
+    monkeypatch.setattr(hf_attention, "sparse_prefill", lambda *x, **y: outputs.append(run(*x, **y)) or outputs[-1])
+    stem_hf.apply(llama, config, dense_layers=(), min_tokens=0)
+    for (q, k, v, _, _), got in zip(selected(llama, selections), outputs, strict=True):
+        expected = reference.stem_attention(q, k, v, config, layout=PADDING)
+        torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-4)
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,16 @@ def _attend(known: _Prepared, options: _Options, ranges: Sequence[tuple[int, int
             budget=_rows_budget(options.budget, first, last),
             impl=options.impl,
         )
-        out = sparse_prefill(q, k, v, mask, scale=options.scale, backend=options.backend, return_lse=options.return_lse)
+        out = sparse_prefill(
+            q,
+            k,
+            v,
+            mask,
+            scale=options.scale,
+            backend=options.backend,
+            return_lse=options.return_lse,
+            correction=known.config.correction,
+        )
         parts.append(out if isinstance(out, tuple) else (out,))
         done += end - start
     return tuple(x[0] if len(x) == 1 else torch.cat(x, 2) for x in zip(*parts, strict=True))

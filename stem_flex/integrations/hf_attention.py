@@ -129,9 +129,10 @@ def _chosen_path(
     if kernel is not None:
         record(module, "dense", q, k)
         return dense_causal(q, k, v, scale=scaling, kernel=kernel)
-    record(module, "stem" if stem else "exact", q, k)
     block_mask = _selected(q, k, v, mask) if stem else _exact(mask)
-    return _attend(q, k, v, block_mask, scaling, softcap, sinks)
+    correction = mask.settings.config.correction if stem else None
+    record(module, "stem" if stem else "exact", q, k, block_mask if stem else None)
+    return _attend(q, k, v, block_mask, scaling, softcap, sinks, correction)
 
 
 def _dense_kernel(q: Tensor, k: Tensor, v: Tensor, mask: StemMask, stem: bool) -> str | None:
@@ -189,13 +190,19 @@ def _attend(
     scaling: float | None,
     softcap: float | None,
     sinks: Tensor | None,
+    correction: str | None,
 ) -> Any:
     score_mod = None if softcap is None else _softcap(float(softcap))
+    attend = functools.partial(
+        sparse_prefill, query, key, value, block_mask, scale=scaling, score_mod=score_mod, correction=correction
+    )
     if sinks is None:
-        return sparse_prefill(query, key, value, block_mask, scale=scaling, score_mod=score_mod)
+        return attend()
     if query.device.type == "cpu":  # compiled CPU flex_attention cannot return the lse
+        if correction is not None:
+            raise ValueError(f"correction={correction!r} does not serve attention sinks on the CPU; use None, or CUDA")
         return _sink_attention_rows(query, key, value, block_mask, scaling, softcap, sinks)
-    out, lse = sparse_prefill(query, key, value, block_mask, scale=scaling, score_mod=score_mod, return_lse=True)
+    out, lse = attend(return_lse=True)
     # A sink is one more key of logit s and value 0: the softmax over the rest shrinks by e^lse / (e^lse + e^s).
     return (out * torch.sigmoid(lse - sinks.float().view(1, -1, 1)).unsqueeze(-1)).to(out.dtype)
 

@@ -76,8 +76,7 @@ class Settings:
             for item in dataclasses.fields(self.config)
             if getattr(self.config, item.name) != item.default
         }
-        if isinstance(plain.get("block_size"), tuple):
-            plain["block_size"] = list(plain["block_size"])
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
         return {
             "config": plain,
             "dense_layers": list(self.dense_layers),
@@ -98,8 +97,9 @@ class Settings:
         """
         data = _plain(name, data, cls)
         config = _plain(f"{name}['config']", data.pop("config", None), StemConfig)
-        if isinstance(config.get("block_size"), list):
-            config["block_size"] = tuple(config["block_size"])
+        for field_name in ("block_size", "sketch"):
+            if isinstance(config.get(field_name), list):
+                config[field_name] = tuple(config[field_name])
         if "dense_layers" in data:
             data["dense_layers"] = _from_start(layer_numbers(data["dense_layers"]), layers, name)
         if isinstance(data.get("budget"), dict):

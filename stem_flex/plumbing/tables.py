@@ -167,6 +167,37 @@ def _listed(counts: Tensor, indices: Tensor, k_blocks: int) -> Tensor:
     return found.scatter_(-1, index, True)[..., :k_blocks]
 
 
+def kept_bits(block_mask: BlockMask) -> Tensor:
+    """Which blocks the lists state, bit j % 32 of word j // 32, int32 (B, H, Qb, ceil(Kb / 32))."""
+    words = -(-block_mask.seq_lengths[1] // block_mask.BLOCK_SIZE[1] // 32)
+    shape = block_mask.kv_num_blocks.shape
+    bits = torch.zeros(*shape, words + 1, dtype=torch.int32, device=block_mask.kv_num_blocks.device)
+    one = torch.ones((), dtype=torch.int32, device=bits.device)
+    for counts, indices, columns in _narrow(block_mask):
+        column = torch.arange(columns, dtype=torch.int32, device=bits.device)
+        for chunk in _chunks(shape[2], shape[0] * shape[1] * columns):
+            index = indices[:, :, chunk, :columns]
+            place = torch.where(column < counts[:, :, chunk, None], index >> 5, words)
+            # a block is listed once, so that adding is setting
+            bits[:, :, chunk].scatter_add_(-1, place.long(), one << (index & 31))
+    return bits[..., :words]
+
+
+def _narrow(block_mask: BlockMask) -> list[tuple[Tensor, Tensor, int]]:
+    """Counts, indices, and columns that hold all of them, of both lists."""
+    partial, full = block_mask.kv_indices, block_mask.full_kv_indices
+    if full is None or block_mask.full_kv_num_blocks is None:
+        return [(block_mask.kv_num_blocks, partial, partial.shape[-1])]
+    columns = (partial.shape[-1], full.shape[-1])
+    if isinstance(block_mask, StemBlockMask):
+        # rows of our own tables hold one list behind the other, or where there is no full block partial ones alone,
+        # and overlap behind both
+        first, width = full.storage_offset() - partial.storage_offset(), int(partial.stride(2))
+        if 0 < first < width:
+            columns = (min(width, columns[0]), min(width - int(first), columns[1]))
+    return [(block_mask.kv_num_blocks, partial, columns[0]), (block_mask.full_kv_num_blocks, full, columns[1])]
+
+
 def block_mask_mod(block_mask: BlockMask) -> MaskModFn:
     """The tokens that a BlockMask computes, by its block lists and its mask_mod, as a mask_mod."""
     classes = block_classes(block_mask)

@@ -10,6 +10,7 @@ from stem_flex.reference.attention import (
     block_mask_of,
     compose,
     masked_attention,
+    mean_corrected_attention,
     stem_attention,
     stem_block_mask,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "dense_mask",
     "forced_blocks",
     "masked_attention",
+    "mean_corrected_attention",
     "oam_scores",
     "rank",
     "row_places",

@@ -105,6 +105,45 @@ def masked_attention(
     return weights @ v, lse
 
 
+def mean_corrected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    keep: Tensor,
+    block_size: int | tuple[int, int],
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Dense softmax attention over the kept blocks' tokens and one pooled token for each dropped block.
+
+    A pooled token has the mean key and the mean value of a whole block of B tokens, and ln B on its logit. A query has
+    one for each block that its row of blocks did not keep and that it may see entirely.
+
+    Args:
+        q: (B, Hq, Lq, D). k: (B, Hkv, Lk, D). v: (B, Hkv, Lk, Dv).
+        mask: bool (B, Hq, Lq, Lk), which tokens are allowed. keep: bool (B, Hq, Qb, Kb), which blocks are kept.
+
+    Returns:
+        output (B, Hq, Lq, Dv), 0 where a query may attend to nothing, and the natural log-sum-exp (B, Hq, Lq), -inf
+        there; float64.
+    """
+    q_block, k_block = pair(block_size)
+    groups, queries, keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    q, k, v = q.double(), k.double().repeat_interleave(groups, 1), v.double().repeat_interleave(groups, 1)
+    row = torch.arange(queries) // q_block
+    seen = mask & keep[:, :, row].repeat_interleave(k_block, -1)[..., :keys]
+    bias = torch.zeros(keys, dtype=torch.float64)
+    for block in range(keys // k_block):
+        tokens = slice(block * k_block, (block + 1) * k_block)
+        dropped = mask[..., tokens].all(-1) & ~keep[:, :, row, block]
+        seen = torch.cat([seen, dropped[..., None]], -1)
+        k = torch.cat([k, k[:, :, tokens].mean(2, keepdim=True)], 2)
+        v = torch.cat([v, v[:, :, tokens].mean(2, keepdim=True)], 2)
+        bias = torch.cat([bias, torch.full((1,), math.log(k_block), dtype=torch.float64)])
+    return masked_attention(q, k, v, seen, scale=scale, score_mod=lambda score, b, h, i, j: score + bias[j])
+
+
 def _modified(score_mod: Callable, logits: Tensor) -> Tensor:
     mod = score_mod
     for axis in (4, 3, 2, 1):  # keys first: innermost, as flex_attention traces it
@@ -137,6 +176,13 @@ def stem_attention(
     block_mask = stem_block_mask(
         q, k, v, config, layout=layout, q_offset=q_offset, prompt_len=prompt_len, kv_len=kv_len, budget=budget
     )
+    if config is not None and config.correction == "mean":
+        if score_mod is not None:
+            raise ValueError("correction='mean' serves no score_mod; leave one out")
+        mask = token_mask(layout, q.shape[0], q.shape[1], q.shape[2], k.shape[2], q_offset, kv_len)
+        partial, full = dense_blocks(block_mask)
+        out, lse = mean_corrected_attention(q, k, v, mask, partial | full, config.block_size, scale=scale)
+        return (out, lse) if return_lse else out
     out, lse = masked_attention(q, k, v, dense_mask(block_mask), scale=scale, score_mod=score_mod)
     return (out, lse) if return_lse else out
 

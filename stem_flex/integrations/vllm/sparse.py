@@ -211,7 +211,8 @@ class SparseImpl:
         )
         if row is not None:
             counters.add(mask, row.allowed, row.queries, q.shape[1], self.stem_first)
-        out = sparse_prefill(q, k, v, mask, scale=self.scale)  # type: ignore[attr-defined]
+        correction = settings.config.correction
+        out = sparse_prefill(q, k, v, mask, scale=self.scale, correction=correction)  # type: ignore[attr-defined]
         assert isinstance(out, Tensor)
         return out
 
