@@ -91,7 +91,7 @@ def _rank(scores: Tensor) -> Tensor:
 def _group_scores(q: Tensor, k: Tensor, bound: BoundLayout, config: StemConfig, proxies: int, impl: str) -> Tensor:
     """Largest weight of each block's keys from the pooled queries of the row, rows summing to 1: (B, P, Qb, Kb)."""
     stride = config.stride
-    queries = operand(q).unflatten(1, (proxies, -1)).mean(2)[:, :, ::stride]
+    queries = operand(q[:, :, ::stride]).unflatten(1, (proxies, -1)).mean(2)
     owner = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
     owned = owner[:, None] == torch.arange(k.shape[1], device=q.device)
     weight = owned.to(queries.dtype).unflatten(0, (proxies, -1)).mean(1)
@@ -99,8 +99,9 @@ def _group_scores(q: Tensor, k: Tensor, bound: BoundLayout, config: StemConfig, 
     if impl == "triton":
         from stem_flex.kernels.cells import Cut, Operands, cell_mass
 
-        spans = tuple(x[:, ::stride] for x in spans_of(bound, "proxyattn"))
+        start, end = spans_of(bound, "proxyattn")
         cut = Cut(1, config.query_block // stride, config.key_block)
+        spans = start[:, ::stride], end[:, ::stride]
         operands = Operands(queries.to(q.dtype), keys.to(q.dtype), spans, (None,) * 4, cut, q.shape[-1] ** -0.5)
         _, best = cell_mass(operands, lambda rows: last_key(bound, rows * stride), peaks=True)
     else:
