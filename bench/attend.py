@@ -30,7 +30,11 @@ from stem_flex.score import oam_scores
 from stem_flex.select import forced_blocks, select_blocks
 from stem_flex.selectors import Selector, get
 
-RULES = {"mass": budget.Mass, "peak": budget.Peak, "coverage": budget.Coverage}  # by a threshold
+RULES = {  # by a threshold
+    "mass": budget.Mass,
+    "peak": budget.Peak,
+    "coverage": lambda threshold: budget.Coverage(1 - threshold, floor=1, cap=256),
+}
 IMPLEMENTATION = "stem_flex_bench"
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 

@@ -3,7 +3,7 @@
     python -m bench.calibrate_xattention --length 16K --out thresholds.json          # the shipped model
     python -m bench.calibrate_xattention --model DIR --stride 8 --coverage 0.95
 
-`stem_flex.selectors.xattention.from_file(path, layer)` makes a selector of what it writes.
+`stem_flex.selectors.antidiagonals.from_file(path, layer)` makes a selector of what it writes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stem_flex.config import StemConfig
-from stem_flex.selectors import xattention
+from stem_flex.selectors import antidiagonals
 from stem_flex.selectors.oracle import block_mass
 
 from . import attend, models, report, ruler, tasks
@@ -34,8 +34,8 @@ class Calibration:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         mass, _ = block_mass(q, k, (self.config.query_block, self.config.key_block), scale=scale)
-        scores = xattention.scores(q, k, v, self.config)
-        self.found.setdefault(layer, []).append(xattention.threshold_for(scores, mass, self.coverage))
+        scores = antidiagonals.xattention(q, k, v, self.config)
+        self.found.setdefault(layer, []).append(antidiagonals.threshold_for(scores, mass, self.coverage))
         return attend.Dense()(layer, q, k, v, scale)
 
     def thresholds(self) -> list[list[float]]:

@@ -1,6 +1,7 @@
 """Every published selector in the same kernels: what it computes, keeps, answers and costs.
 
     python -m bench.compare --minutes 3.5                              # one H100
+    python -m bench.compare --minutes 3.5 --parts speed --backend flash
     python -m bench.compare --device cpu --length 1K --speed-length 512 --tiny
 
 Each selector runs at its native settings, and at every matched density twice: with the same number of blocks for
@@ -9,8 +10,8 @@ of its own so that all layers and heads together keep the density ("rule"; a pat
 scores). Answers and text loss come from the shipped model, mass recall and output error from its dense activations,
 times from one attention layer of ``--speed-length`` tokens of made vectors with a sink, rotary phases and topics.
 
-Writes each measurement to compare.jsonl as it is made, then compare.json, compare.md and compare.png.
-``--report`` draws again.
+Writes each measurement to compare.jsonl as it is made, then compare.json, compare.md and compare.png; with --backend
+to compare_BACKEND instead, so that times by another backend stand beside. ``--report`` draws again.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from torch import Tensor
 
 from stem_flex import block_density, stem_block_mask
 from stem_flex.attention import sparse_prefill
-from stem_flex.budget import Budget, Schedule, rule_of
+from stem_flex.budget import FORCED, Budget, Coverage, Schedule, rule_of
 from stem_flex.config import StemConfig
 from stem_flex.layout import causal
 from stem_flex.select import select_blocks
 from stem_flex.selectors import Selector, get, names
-from stem_flex.selectors.rules import Above, Coverage, Part, Relative
+from stem_flex.selectors.rules import Above, Part, Relative
 
 from . import accuracy, accuracy_probe, attend, compare_report, models, report, ruler
 
@@ -56,7 +57,7 @@ def at(rule: Budget | None, number: float) -> Budget:
         return replace(rule, alpha=1 - number, full_rows=0)  # 8 rows of 128 alone are 12 %
     if isinstance(rule, Part):
         return replace(rule, fraction=number)
-    return Above(8 * (1 - number))
+    return Above(2 * FORCED * (1 - number))
 
 
 @dataclass
@@ -323,7 +324,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     start = time.monotonic()
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "compare.jsonl"
+    path = options.out / ("compare.jsonl" if options.backend is None else f"compare_{options.backend}.jsonl")
     if options.report:
         return compare_report.write(path)
     path.unlink(missing_ok=True)
@@ -338,6 +339,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     base = StemConfig(sink_blocks=options.sink, local_blocks=options.local)
     study = Comparison(model, corpus, options, path, start + 60 * options.minutes, base)
     shown = {key: getattr(options, key) for key in ("families", "length", "sink", "local", "heads", "kv_heads", "dim")}
+    shown["density"] = options.densities[0]
     study.record("environment", **report.environment(), model=str(options.model.name), **shown)
     print(f"ready after {time.monotonic() - start:.1f} s on {options.device}", flush=True)
     parts: list[Any] = []

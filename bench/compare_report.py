@@ -116,7 +116,7 @@ dense, or sparse too. text: added loss on unseen text, nats a token.
 
 ## Native settings
 
-Times: one layer of {_speed_words(result)}, median milliseconds, each part alone.
+Times: one layer of {speed_words(result)}, median milliseconds, each part alone.
 
 """
     text += _table(*native_table(result))
@@ -131,7 +131,7 @@ Times: one layer of {_speed_words(result)}, median milliseconds, each part alone
     return text
 
 
-def _speed_words(result: Row) -> str:
+def speed_words(result: Row) -> str:
     info, rows = result["environment"], result["speed"]
     length = short(rows[0]["length"]) if rows else "no"
     return f"{length} tokens, {info.get('heads')}/{info.get('kv_heads')} heads of {info.get('dim')}"
@@ -159,7 +159,7 @@ def draw(result: Row, path: Path) -> None:
         axis.set_title(WAYS[way] + "; hollow: native", loc="left", fontsize=10, color=INK)
     axes[1].legend(frameon=False, fontsize=7, ncols=2)
     _bars(axes[2], [row for row in result["speed"] if row["way"] == "native" and "selection" in row])
-    axes[2].set_title(f"one layer of {_speed_words(result)}, native", loc="left", fontsize=10, color=INK)
+    axes[2].set_title(f"one layer of {speed_words(result)}, native", loc="left", fontsize=10, color=INK)
     _save(pyplot, figure, path, "Published selectors side by side")
 
 

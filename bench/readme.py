@@ -28,8 +28,10 @@ EMPTY = "No results are committed yet: run `python -m bench.mask` and `python -m
 
 
 def headlines(results: Path = RESULTS) -> str:
-    """The tables that README.md keeps: what a prefill gains, and what it costs by a budget of mass and by counts."""
-    return "\n".join(_parts(results, {"prefill": prefill, "thresholds": thresholds, "accuracy": accuracy})) or EMPTY
+    """The tables that README.md keeps: what a prefill gains, what it costs by a budget of mass and by counts, and what
+    other selectors cost."""
+    tables = {"prefill": prefill, "thresholds": thresholds, "accuracy": accuracy, "compare": selectors}
+    return "\n".join(_parts(results, tables)) or EMPTY
 
 
 def figures(results: Path = RESULTS) -> str:
@@ -40,6 +42,7 @@ def figures(results: Path = RESULTS) -> str:
         parts.append(over_models(results))
     if (path := results / "smollm2" / "reading.json").exists():
         parts.append(reading(json.loads(path.read_text())))
+    parts += _parts(results, {"compare": compare, "compare_flash": speeds, "refine": refine})
     return "\n".join(parts) or EMPTY
 
 
@@ -233,6 +236,82 @@ def thresholds(result: dict[str, Any]) -> str:
         f"{where['torch']}, commit {where['commit']}; 95 % intervals, of text of the paired difference.\n\n"
         + "\n".join(table(result["rows"]))
         + "\n"
+    )
+
+
+def selectors(result: dict[str, Any]) -> str:
+    """Every published selector at its own settings, and the figure of all."""
+    from .compare_report import native_table
+
+    where = result["environment"]
+    return (
+        f"Published selectors at their own settings in the same kernels: `{where['command']}` on "
+        f"{where['gpu'] or 'a CPU'}, torch {where['torch']}, commit {where['commit']}. {_compared(result)}\n\n"
+        + _table(*native_table(result))
+        + "\nAt equal densities: [bench/RESULTS.md](bench/RESULTS.md).\n\n"
+        + "![selectors](bench/results/compare.png)\n"
+    )
+
+
+def _compared(result: dict[str, Any]) -> str:
+    """What the columns of a comparison say."""
+    from .compare_report import speed_words
+
+    where = result["environment"]
+    asked = max((cell["all"]["samples"] for cell in result["cells"] if "all" in cell), default=0)
+    return (
+        f"The shipped model on {short(where['length'])}-token prompts, {asked} a cell: density of text, attention mass "
+        f"on computed blocks and error of the attention output on dense activations, answers exactly right with the "
+        f"prompt's rows sparse or all of them (95 % Wilson intervals), nats a token added on text. One layer of "
+        f"{speed_words(result)}: median ms of selection and attention, each alone, and its density."
+    )
+
+
+def compare(result: dict[str, Any]) -> str:
+    """The same at equal densities: by counts, and by each selector's own rule."""
+    from .compare_report import WAYS, matched_table
+
+    text = selectors(result).replace("\nAt equal densities: [bench/RESULTS.md](bench/RESULTS.md).\n", "")
+    for density in sorted({cell["wanted"] for cell in result["cells"] if cell["wanted"] is not None}):
+        for way, words in WAYS.items():
+            columns, rows = matched_table(result, way, density)
+            if rows:
+                text += f"\n{density:.0%} of the blocks, {words}:\n\n" + _table(columns, rows)
+    return text
+
+
+def speeds(result: dict[str, Any]) -> str:
+    """Times of selection and of attention by another backend."""
+    from .compare_report import speed_words
+
+    where = result["environment"]
+    rows = [
+        [row["selector"], row["way"], *(f"{row[key]:.3g}" for key in ("selection", "attention", "density"))]
+        for row in result["speed"]
+        if "selection" in row
+    ]
+    return (
+        f"Selection and attention by {result['speed'][0]['backend'].upper()}, median ms, one layer of "
+        f"{speed_words(result)}: `{where['command']}` on {where['gpu'] or 'a CPU'}, torch {where['torch']}, commit "
+        f"{where['commit']}. native: at its own settings; count: {result['environment']['density']:.0%} of the blocks, "
+        "the same number for every row.\n\n"
+        + _table(["selector", "settings", "selection", "attention", "density"], rows)
+    )
+
+
+def refine(result: dict[str, Any]) -> str:
+    """Output error of budgets on trained sparsity, each against a uniform cut of the same size."""
+    from .refine_report import errors_table
+
+    where = result["environment"]
+    return (
+        f"Stem on trained sparsity, stood in for on the shipped model: `{where['command']}` on "
+        f"{where['gpu'] or 'a CPU'}, torch {where['torch']}, commit {where['commit']}; layers at "
+        f"{short(result['length'])} tokens, {result['seeds']} prompts; the whole model at "
+        f"{short(result['deep_length'])}, {result['deep_seeds']} prompts. Relative errors against dense attention; "
+        f"ratios to a uniform cut of the same size are paired by prompt, with 95 % bootstrap intervals.\n\n"
+        + _table(*errors_table(result["rows"]))
+        + "\nBy layer, by quarter of the prompt, and savings by length: `bench/results/refine.md`.\n"
     )
 
 

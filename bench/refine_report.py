@@ -34,6 +34,19 @@ def table(raw: dict[str, Any], found: list[Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def errors_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """What each policy saves, and its errors with their ratios to the uniform cut's."""
+    lines = []
+    for row in rows:
+        cells = [row["method"], row["policy"], f"{row['saved']:.1%}"]
+        for name in ("layer all", "deep error", "deep kl"):
+            entry = row.get(name)
+            cells += ["", ""] if entry is None else [f"{entry['mean']:.4f}", _ratio(entry)]
+        lines.append(cells)
+    ratio = "to uniform"
+    return ["method", "policy", "saved", "layer error", ratio, "last hidden", ratio, "KL, nats", ratio], lines
+
+
 def markdown(rows: list[dict[str, Any]], header: dict[str, Any]) -> str:
     """The table and what holds in each layer."""
     lines = [
@@ -42,15 +55,9 @@ def markdown(rows: list[dict[str, Any]], header: dict[str, Any]) -> str:
         "prompts. Relative L2 errors against dense attention; in "
         "brackets 95 % bootstrap intervals of the ratio to the uniform cut, paired by prompt.",
         "",
-        "| method | policy | saved | layer error | to uniform | last hidden | to uniform | KL, nats | to uniform |",
-        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        cells = [row["method"], row["policy"], f"{row['saved']:.1%}"]
-        for name in ("layer all", "deep error", "deep kl"):
-            entry = row.get(name)
-            cells += ["", ""] if entry is None else [f"{entry['mean']:.4f}", _ratio(entry)]
-        lines.append(f"| {' | '.join(cells)} |")
+    columns, cells = errors_table(rows)
+    lines += [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *cells)]
     lines += ["", "Ratio of the layer error to the uniform cut's, by layer and by quarter of the prompt:", ""]
     names = [name for name in rows[0] if name.startswith(("layer ", "quarters ")) and name != "layer all"]
     lines.append("| method | policy | " + " | ".join(name.replace("quarters", "quarter") for name in names) + " |")

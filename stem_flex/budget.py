@@ -12,6 +12,10 @@ from stem_flex.config import StemConfig
 from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.plumbing.checks import check_config, check_positive
 from stem_flex.plumbing.schedule import largest_budget, row_budget
+from stem_flex.plumbing.strips import strips
+
+PREFERRED, FORCED = 4.0, 8.0
+"""Lifts of blocks that stand above any share of mass, and above those: see :class:`Coverage`."""
 
 
 def tpd_budget(num_blocks: int, config: StemConfig | None = None, *, device=None) -> Tensor:
@@ -201,8 +205,7 @@ class Mass(Budget):
         """Threshold of every row, float32 (1 or B, 1, Qb); None where it is one for all."""
         if config.mu == 1:
             return None
-        decay = 1 - (1 - config.mu) * bound.position / bound.prompt_blocks.clamp(min=1)
-        return (self.threshold / decay)[:, None].float()
+        return (self.threshold / _decay(bound, config)).float()
 
     def _kept(self, scores: Tensor, threshold: float | Tensor) -> Tensor:
         return (scores > threshold).sum(-1, dtype=torch.int32)
@@ -230,18 +233,70 @@ class Peak(Mass):
 
 
 @dataclass(frozen=True)
-class Coverage(Mass):
-    """A row keeps its best blocks until their scores reach all but ``threshold``, in (0, 1], of the row's sum.
+class Coverage(Budget):
+    """A row keeps its forced blocks, and the fewest best others with which the shares reach ``share`` of their sum.
 
-    A cumulative budget as XAttention's and FlexPrefill's; needs a sort.
+    A cumulative budget as XAttention's and FlexPrefill's; needs a sort. Scores are shares of anything, below PREFERRED;
+    a preferred block is lifted by PREFERRED, a forced one by FORCED (:func:`share_of`). Blocks are taken by score:
+    forced, preferred, the rest. What is forced counts in the sum.
+
+    Args:
+        share: of the row's sum, in (0, 1]; one number, or one for each query head. 1 keeps everything.
+        floor, cap: least and most blocks beside the forced ones.
+        crossing: False leaves out the block that reaches the share, as SpargeAttn does.
+        decays: what is left out, 1 - share, grows along the prompt as the threshold of :class:`Mass` does.
     """
 
-    most_share = 1.0
+    share: float | tuple[float, ...]
+    floor: int = 0
+    cap: int | None = None
+    crossing: bool = True
+    decays: bool = False
+    needs_scores = True
 
-    def _kept(self, scores, threshold):
-        best = scores.clamp(min=0).sort(-1, descending=True).values
-        before = best.cumsum(-1) - best
-        return (before < (1 - threshold) * best.sum(-1, keepdim=True)).sum(-1, dtype=torch.int32)
+    def __post_init__(self) -> None:
+        for value in self.share if isinstance(self.share, tuple) else (self.share,):
+            _check_share("share", value, 1.0)
+
+    def counts(self, bound, config, batch, heads, scores=None):
+        assert scores is not None
+        if isinstance(self.share, tuple):
+            if len(self.share) != heads:
+                raise ValueError(f"share must be a number or one for each of the {heads} query heads, got {self.share}")
+            wanted = _on(self.share, scores.device)[:, None]
+        else:
+            wanted = torch.full((), self.share, dtype=scores.dtype, device=scores.device)
+        if self.decays and config.mu != 1:
+            wanted = 1 - (1 - wanted) / _decay(bound, config)
+        wanted = wanted.broadcast_to(torch.broadcast_shapes(wanted.shape, (1, scores.shape[2])))
+        rows = strips(scores.shape[2], scores.shape[0] * scores.shape[1] * scores.shape[3])
+        return torch.cat([self._counts(scores[:, :, part], wanted[..., part]) for part in rows], 2)
+
+    def _counts(self, scores: Tensor, wanted: Tensor) -> Tensor:
+        ordered = scores.sort(-1, descending=True).values
+        shares = share_of(ordered)
+        upto = shares.cumsum(-1)
+        limit = (wanted * upto[..., -1])[..., None]
+        reached = upto - shares < limit if self.crossing else upto <= limit
+        taken = torch.where(wanted >= 1, scores.shape[-1], reached.sum(-1, dtype=torch.int32))
+        forced = (scores >= FORCED).sum(-1, dtype=torch.int32)
+        return forced + (taken - forced).clamp(min=self.floor, max=self.cap)
+
+
+def share_of(scores: Tensor) -> Tensor:
+    """Share of each block without its lift, 0 where the layout allows nothing."""
+    return torch.where(scores.isfinite(), scores.clamp(min=0).remainder(PREFERRED), 0.0)
+
+
+def _decay(bound: BoundLayout, config: StemConfig) -> Tensor:
+    """From 1 in a prompt's first row towards mu, (1 or B, 1, Qb)."""
+    return (1 - (1 - config.mu) * bound.position / bound.prompt_blocks.clamp(min=1))[:, None]
+
+
+@functools.lru_cache(maxsize=256)
+def _on(values: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # what is kept serves every mode
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _check_share(name: str, value: object, most: float) -> None:
@@ -257,8 +312,10 @@ def rule_of(budget: int | Tensor | Budget | None, config: StemConfig) -> Budget:
         return budget if isinstance(budget, Budget) else Blocks(budget)
     if config.budget == "tpd":
         return _SCHEDULE
+    if config.budget == "coverage":
+        return Coverage(1 - config.threshold, config.floor, config.cap, decays=True)
     return _RULES[config.budget](config.threshold, config.floor, config.cap)
 
 
 _SCHEDULE = Schedule()
-_RULES = {"mass": Mass, "peak": Peak, "coverage": Coverage}
+_RULES = {"mass": Mass, "peak": Peak}

@@ -82,13 +82,13 @@ def shape_of(bound: BoundLayout, config: StemConfig, rule: Budget) -> tuple[int,
 
 def top_blocks(scores: Tensor, allowed: Tensor, budget: Tensor) -> Tensor:
     """The ``budget`` best allowed blocks of each row, bool (B, H, Qb, Kb), in PyTorch."""
-    order = _ordered(scores, allowed).argsort(dim=-1, descending=True, stable=True)
+    order = order_of(scores, allowed).argsort(dim=-1, descending=True, stable=True)
     kept = torch.arange(scores.shape[-1], device=scores.device) < budget[..., None]
     kept = kept.expand(scores.shape).contiguous()
     return torch.zeros_like(kept).scatter_(-1, order, kept) & allowed
 
 
-def _ordered(scores: Tensor, allowed: Tensor) -> Tensor:
+def order_of(scores: Tensor, allowed: Tensor) -> Tensor:
     """Integers in the order of the scores: forbidden < NaN < -inf < ... < -0.0 = 0.0 < ... < inf."""
     wide = scores.dtype == torch.float64
     kind = torch.int64 if wide else torch.int32

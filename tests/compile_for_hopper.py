@@ -36,9 +36,8 @@ class Hopper:
 
 driver.set_active(Hopper())
 from stem_flex.kernels import (  # noqa: E402
-    block_sums,
+    cells,
     magnitude,
-    mass,
     ops,
     pool,
     scores,
@@ -67,16 +66,6 @@ def compile_only(kernel, programs: int, args: tuple, meta: dict[str, Any], plan:
             **{name: value for name, value in meta.items() if name.startswith("BLOCK") or name in ("EDGE", "FULL")},
         },
     )
-
-
-class Warmed:
-    """A kernel that is launched as Triton's are, and compiled only."""
-
-    def __init__(self, kernel) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple[int, ...]):
-        return lambda *args, **meta: compile_only(self.kernel, grid[0], args, meta, None, None)
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -121,10 +110,34 @@ def sketched(tokens: int, dtype: torch.dtype, dim: int = DIM, classes: bool = Fa
     )  # fmt: skip
 
 
+def operands(tokens: int, dtype: torch.dtype, cut: cells.Cut, keys: int, queries: int) -> cells.Operands:
+    """Queries and keys to choose among, and a span for each row of cells."""
+    rows = -(-queries // (cut.tokens * cut.rows)) * cut.rows
+    spans = (empty(1, rows, dtype=torch.int32), empty(1, rows, dtype=torch.int32))
+    q, k = empty(1, HEADS, queries, DIM, dtype=dtype), empty(1, KV_HEADS, keys, DIM, dtype=dtype)
+    return cells.Operands(q, k, spans, (None,) * 4, cut, 0.1)
+
+
+def antidiagonals(tokens: int, dtype: torch.dtype, stride: int) -> None:
+    """Compile what XAttention and CoSA take."""
+    given = operands(tokens, dtype, cells.Cut(stride, BLOCK // stride, BLOCK // stride), tokens, tokens)
+    for sums in (True, False):
+        cells.cell_mass(given, lambda rows: rows, sums=sums, peaks=not sums)
+
+
+def selected(tokens: int, dtype: torch.dtype) -> None:
+    """Compile what the oracle, ProxyAttn, VecAttention and FlashPrefill take."""
+    cells.cell_mass(operands(tokens, dtype, cells.Cut(1, BLOCK, BLOCK), tokens, tokens), lambda rows: rows)
+    proxies = operands(tokens, dtype, cells.Cut(1, BLOCK // 8, BLOCK), tokens, tokens // 8)
+    cells.cell_mass(proxies, lambda rows: 8 * rows, peaks=True)
+    cells.cell_peaks(operands(tokens, dtype, cells.Cut(1, 1, BLOCK), tokens, tokens // BLOCK))
+    cells.query_logs(operands(tokens, dtype, cells.Cut(1, BLOCK, 1), tokens // BLOCK, tokens))
+
+
 if __name__ == "__main__":
-    for module in (magnitude, pool, scores, select, sketch_fine, sketch_mass, sketch_proxies, sketch_sums):
+    for module in (cells, magnitude, pool, scores, select, sketch_fine, sketch_mass, sketch_proxies, sketch_sums):
         module.launch = compile_only
-    for module in (ops, sketch_ops, sketch_tables):
+    for module in (cells, ops, sketch_ops, sketch_tables):
         module._guard = lambda q: contextlib.nullcontext()
     tables(8192, torch.bfloat16, "zscore")
     tables(8192, torch.float16, "log", dim=192, classes=True)
@@ -136,15 +149,9 @@ if __name__ == "__main__":
     sketched(131072, torch.bfloat16, coarse=[4, 1])
     sketched(4096, torch.float16, dim=192, classes=True, coarse=[8, 2])
     sketched(4096, torch.float32, dim=80, coarse=[0, 0])
-    mass._block_mass_kernel = Warmed(mass._block_mass_kernel)
-    sizes = {"dtype": torch.bfloat16}
-    mass.block_mass_kernel(empty(1, 4, 4096, 64, **sizes), empty(1, 2, 4096, 64, **sizes), (BLOCK, BLOCK), 0, 0.125)
-    block_sums._block_sums_kernel = Warmed(block_sums._block_sums_kernel)
-    ints = {"dtype": torch.int32}
-    block_sums.block_sums_kernel(
-        empty(1, HEADS, 131072, DIM, **sizes), empty(1, KV_HEADS, 1024, DIM, **sizes),
-        (empty(1, 131072, **ints), empty(1, 131072, **ints)), (empty(1, 1024, **ints), empty(1, 1024, **ints)),
-        empty(1, 1024, **ints), empty(1, 1024, **ints), BLOCK,
-    )  # fmt: skip
+    selected(16384, torch.bfloat16)
+    selected(4096, torch.float32)
+    antidiagonals(8192, torch.bfloat16, 16)
+    antidiagonals(8000, torch.bfloat16, 8)
     for line in compiled.values():
         print(json.dumps(line))

@@ -8,7 +8,7 @@ Importing this package imports Triton; the rest of `stem_flex` imports it only w
 `scores`            phase means -> block scores (a GEMM), in row chunks under a fixed workspace
 `select`            block scores -> compact ascending index tables
 `topk`              the k largest of a row, for `select`
-`mass`              the true attention mass of every block pair, for the oracle
+`cells`             logits of cells reduced by block: XAttention, CoSA, FlashPrefill, the oracle and others
 `ops`               ``torch.ops.stem_flex.{tables,scores,select}`` over the first four
 `sketch_proxies`    the block sketch: outliers and group means of every block, in one pass over q or k
 `sketch_sums`       proxies -> exponentials summed by key block (a GEMM)

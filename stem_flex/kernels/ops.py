@@ -45,19 +45,23 @@ def _guard(q: Tensor):
 
 def _check(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, block_q: int, block_k: int, stride: int, metric: str) -> None:
     """Refuse what the kernels would read wrongly. Callers have checked shapes against each other."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(-1) != 1:
-            raise ValueError(f"{name} must have unit stride in its last dimension, got strides {x.stride()}; "
-                             f"call {name}.contiguous()")  # fmt: skip
-        if x.dtype != q.dtype or x.dtype not in _DTYPES:
-            raise TypeError(f"q, k and v must share a dtype of float16, bfloat16, float32, got {q.dtype} for q and "
-                            f"{x.dtype} for {name}; cast them, or use impl='torch'")  # fmt: skip
+    _check_inputs("q, k and v", q=q, k=k, v=v)
     if any(n & (n - 1) for n in (block_q, block_k, stride)) or block_q % stride or block_k % stride:
         raise ValueError(f"stride must divide both block sizes, all powers of two, "
                          f"got stride {stride}, blocks ({block_q}, {block_k})")  # fmt: skip
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
     _check_rows(rows)
+
+
+def _check_inputs(names: str, *, q: Tensor, **others: Tensor) -> None:
+    for name, x in (("q", q), *others.items()):
+        if x.stride(-1) != 1:
+            raise ValueError(f"{name} must have unit stride in its last dimension, got strides {x.stride()}; "
+                             f"call {name}.contiguous()")  # fmt: skip
+        if x.dtype != q.dtype or x.dtype not in _DTYPES:
+            raise TypeError(f"{names} must share a dtype of float16, bfloat16, float32, got {q.dtype} for q and "
+                            f"{x.dtype} for {name}; cast them, or use impl='torch'")  # fmt: skip
 
 
 def _check_rows(rows: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stem_flex.kernels import sketch_mass
 from stem_flex.kernels.launch import plan_of
-from stem_flex.kernels.ops import _DTYPES, _LIBRARY, _check_rows, _guard, _register
+from stem_flex.kernels.ops import _LIBRARY, _check_inputs, _check_rows, _guard, _register
 from stem_flex.kernels.sketch_chunks import Chunks, limits
 from stem_flex.kernels.sketch_proxies import MOST_BLOCK
 
@@ -19,13 +19,7 @@ def check(
     q: Tensor, k: Tensor, rows: Tensor, block_q: int, block_k: int, sketch: list[int], coarse: list[int] | None
 ) -> None:
     """Refuse what the kernels would read wrongly. Callers have checked shapes against each other."""
-    for name, x in (("q", q), ("k", k)):
-        if x.stride(-1) != 1:
-            raise ValueError(f"{name} must have unit stride in its last dimension, got strides {x.stride()}; "
-                             f"call {name}.contiguous()")  # fmt: skip
-        if x.dtype != q.dtype or x.dtype not in _DTYPES:
-            raise TypeError(f"q and k must share a dtype of float16, bfloat16, float32, got {q.dtype} for q and "
-                            f"{x.dtype} for {name}; cast them, or use impl='torch'")  # fmt: skip
+    _check_inputs("q and k", q=q, k=k)
     if max(block_q, block_k) > MOST_BLOCK:
         raise ValueError(f"blocks must be at most {MOST_BLOCK} tokens, got ({block_q}, {block_k}); "
                          "use smaller ones or impl='torch'")  # fmt: skip

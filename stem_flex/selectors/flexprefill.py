@@ -19,11 +19,11 @@ import math
 import torch
 from torch import Tensor
 
+from stem_flex.budget import PREFERRED
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
 from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.selectors.minference import block_share
-from stem_flex.selectors.rules import PREFERRED
 from stem_flex.selectors.shared import Tail, block_means, hide, own_distance, prepare, product, tail_attention, tail_of
 
 
@@ -32,7 +32,7 @@ def scores(
     layout: Layout | BoundLayout | None = None, q_offset: int | Tensor = 0,
     gamma: float = 0.9, tau: float = 0.1, min_budget: int = 1024, max_budget: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Lift the blocks of each head's pattern by 2 over their estimated attention.
+    """Lift the blocks of each head's pattern by PREFERRED over their estimated attention.
 
     Args:
         q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv), not looked at.
@@ -44,7 +44,7 @@ def scores(
             max(256, min_budget) keys are dense.
 
     Returns:
-        float32 (B, Hq, Qb, Kb): share in [0, 1] plus 2 inside the pattern, -inf where the layout allows nothing.
+        float32 (B, Hq, Qb, Kb): share in [0, 1], lifted inside the pattern, -inf where the layout allows nothing.
 
     Raises:
         ValueError: a layout of documents, of a mask_mod, or that sees the future.

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stem_flex.budget import PREFERRED
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
 from stem_flex.plumbing.binding import BoundLayout
-from stem_flex.selectors.rules import PREFERRED, Above
+from stem_flex.selectors.rules import Above
 from stem_flex.selectors.selector import Selector
 from stem_flex.selectors.shared import (
     block_means,
@@ -43,7 +44,7 @@ def scores(
     q: Tensor, k: Tensor, v: Tensor, config: StemConfig | None = None, *,
     layout: Layout | BoundLayout | None = None, q_offset: int | Tensor = 0, heads: tuple[Head, ...] = (DEFAULT,),
 ) -> Tensor:  # fmt: skip
-    """Lift the blocks of each head's pattern by 2 over their attention from the last queries.
+    """Lift the blocks of each head's pattern by PREFERRED over their attention from the last queries.
 
     Args:
         q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv), not looked at.
@@ -54,7 +55,7 @@ def scores(
             last tokens) or ("block_sparse", blocks of 64 keys, not looked at).
 
     Returns:
-        float32 (B, Hq, Qb, Kb): share in [0, 1] plus 2 inside the pattern, -inf where the layout allows nothing.
+        float32 (B, Hq, Qb, Kb): share in [0, 1], lifted inside the pattern, -inf where the layout allows nothing.
         The share is the mean of what the last queries give the block's keys and its nearest offsets.
 
     Raises:

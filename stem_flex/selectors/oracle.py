@@ -65,9 +65,7 @@ def block_mass(
     """
     factor = float(q.shape[-1] ** -0.5) if scale is None else scale
     if resolve(impl, q) == "triton":
-        from stem_flex.kernels.mass import block_mass_kernel
-
-        return block_mass_kernel(q, k, block, q_offset, factor)
+        return _by_kernels(q, k, block, q_offset, factor)
     batch, heads, q_len, _ = q.shape
     k_len, (q_block, k_block) = k.shape[2], block
     blocks = -(-q_len // q_block), -(-k_len // k_block)
@@ -85,6 +83,17 @@ def block_mass(
         mean[:, :, row, : mass.shape[-1]] = mass.mean(2)
         peak[:, :, row, : mass.shape[-1]] = mass.amax(2)
     return mean, peak
+
+
+def _by_kernels(q: Tensor, k: Tensor, block: tuple[int, int], q_offset: int, scale: float) -> tuple[Tensor, Tensor]:
+    from stem_flex.kernels.cells import Cut, Operands, cell_mass
+
+    (q_block, k_block), q_len, k_len = block, q.shape[2], k.shape[2]
+    query = torch.arange(-(-q_len // q_block) * q_block, dtype=torch.int32, device=q.device)
+    end = torch.where(query < q_len, (query + q_offset + 1).clamp(max=k_len), 0)[None]
+    operands = Operands(q, k, (torch.zeros_like(end), end), (None,) * 4, Cut(1, q_block, k_block), scale)
+    total, peak = cell_mass(operands, lambda rows: min(k_len, q_offset + rows))
+    return total / (q_len - query[::q_block]).clamp(max=q_block)[:, None], peak
 
 
 def error_scores(

@@ -23,7 +23,7 @@ from torch import Tensor
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
 from stem_flex.plumbing.binding import BoundLayout
-from stem_flex.selectors.rules import by_strips
+from stem_flex.plumbing.strips import by_strips
 from stem_flex.selectors.shared import block_sums, hide, prepare, product
 
 FAST, SLOW = 0.5, 0.75  # of the head's dimensions

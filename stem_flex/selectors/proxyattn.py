@@ -6,8 +6,9 @@ the row. All heads of a group take their blocks in that order. How many: of each
 densely, and the share of blocks that hold ``gamma`` of their mass is the share that the head keeps in every row.
 
 The paper's own sizes of groups, strides and gamma were not at hand: these are ours.
-Cost: proxies / heads / stride of dense QK (4 of 32 heads, stride 8: 1.6 %) and the last queries' attention; at 128K
-tokens some 4 G weights are written, read and reduced, 20 ms of an H100.
+Cost: proxies / heads / stride of dense QK (4 of 32 heads, stride 8: 1.6 %), in two Triton kernels
+(:mod:`stem_flex.kernels.cells`), and the last queries' attention; at 128K tokens some 3 ms of an H100 each. PyTorch
+alone writes, reads and reduces some 4 G weights, 20 ms.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import math
 import torch
 from torch import Tensor
 
+from stem_flex.budget import PREFERRED, Coverage
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
 from stem_flex.plumbing.binding import BoundLayout
+from stem_flex.plumbing.implementation import resolve
+from stem_flex.plumbing.strips import by_strips, strips
 from stem_flex.selectors.minference import block_share
-from stem_flex.selectors.rules import PREFERRED, Coverage, by_strips, strips
 from stem_flex.selectors.shared import (
     clear_keys,
     filled,
@@ -41,8 +44,9 @@ _WEIGHTS_AT_ONCE = 2**27
 def scores(
     q: Tensor, k: Tensor, v: Tensor, config: StemConfig | None = None, *,
     layout: Layout | BoundLayout | None = None, q_offset: int | Tensor = 0, proxies: int = 4, gamma: float = 0.9,
+    impl: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """Share of each block in its row of the group's scores, lifted by 2 where the head's budget takes it.
+    """Share of each block in its row of the group's scores, lifted by PREFERRED where the head's budget takes it.
 
     Args:
         q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv), not looked at.
@@ -51,12 +55,14 @@ def scores(
             queries are the chunk's.
         proxies: groups of heads; fewer where the heads don't divide: the largest common divisor counts.
         gamma: mass of the last queries to cover, in (0, 1].
+        impl: "triton", "torch", or "auto": Triton for CUDA tensors. Nothing falls back silently.
 
     Returns:
         float32 (B, Hq, Qb, Kb), -inf where the layout allows nothing.
 
     Raises:
         ValueError: a layout of documents, of a mask_mod, or that sees the future.
+        TypeError: float64 for Triton.
     """
     config, bound = prepare(q, k, v, config, layout, q_offset)
     tail = tail_of(q, bound, config.query_block, "proxyattn")
@@ -67,7 +73,7 @@ def scores(
     first = torch.where(some, tail.start, bound.seq_lengths[1]).amin(-1) // config.key_block
     last = (torch.where(some, tail.end, 0).amax(-1) - 1) // config.key_block
     part = needed[:, :, 0] / (last - first + 1).clamp(min=1)[:, None]
-    shared = _group_scores(q, k, bound, config, math.gcd(proxies, q.shape[1]))
+    shared = _group_scores(q, k, bound, config, math.gcd(proxies, q.shape[1]), resolve(impl, q))
     group = q.shape[1] // shared.shape[1]
     allowed = bound.dense_classes() != 0
     number = (part[..., None] * allowed.sum(-1) - 1e-4).ceil()  # the division's rounding must not add a block
@@ -82,29 +88,44 @@ def _rank(scores: Tensor) -> Tensor:
     return torch.zeros_like(order).scatter_(-1, order, place)
 
 
-def _group_scores(q: Tensor, k: Tensor, bound: BoundLayout, config: StemConfig, proxies: int) -> Tensor:
+def _group_scores(q: Tensor, k: Tensor, bound: BoundLayout, config: StemConfig, proxies: int, impl: str) -> Tensor:
     """Largest weight of each block's keys from the pooled queries of the row, rows summing to 1: (B, P, Qb, Kb)."""
-    (q_block, k_block), stride = bound.block_size, config.stride
-    queries = operand(q).unflatten(1, (proxies, -1)).mean(2)[:, :, ::stride]
+    stride = config.stride
+    queries = operand(q[:, :, ::stride]).unflatten(1, (proxies, -1)).mean(2)
     owner = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
     owned = owner[:, None] == torch.arange(k.shape[1], device=q.device)
     weight = owned.to(queries.dtype).unflatten(0, (proxies, -1)).mean(1)
     keys = torch.einsum("bhjd, ph -> bpjd", operand(k), weight)
+    if impl == "triton":
+        from stem_flex.kernels.cells import Cut, Operands, cell_mass
+
+        start, end = spans_of(bound, "proxyattn")
+        cut = Cut(1, config.query_block // stride, config.key_block)
+        spans = start[:, ::stride], end[:, ::stride]
+        operands = Operands(queries.to(q.dtype), keys.to(q.dtype), spans, (None,) * 4, cut, q.shape[-1] ** -0.5)
+        _, best = cell_mass(operands, lambda rows: last_key(bound, rows * stride), peaks=True)
+    else:
+        best = largest_weights(queries, keys, bound, stride)
+    return best / best.sum(-1, keepdim=True).clamp(min=1e-20)
+
+
+def largest_weights(queries: Tensor, keys: Tensor, bound: BoundLayout, stride: int) -> Tensor:
+    """Largest entry in each block of the softmax of every ``stride``-th query, float32 (B, P, Qb, Kb)."""
+    (q_block, k_block), length = bound.block_size, bound.seq_lengths[0]
     start, end = (x[:, None, ::stride, None] for x in spans_of(bound, "proxyattn"))
-    per_row = q_block // stride
-    found = torch.zeros(q.shape[0], proxies, bound.q_blocks, bound.k_blocks, dtype=torch.float32, device=q.device)
-    for rows in strips(bound.q_blocks, q.shape[0] * proxies * per_row * k.shape[2], _WEIGHTS_AT_ONCE):
+    per_row, (batch, proxies, tokens, dim) = q_block // stride, keys.shape
+    found = torch.zeros(batch, proxies, bound.q_blocks, bound.k_blocks, dtype=torch.float32, device=keys.device)
+    for rows in strips(bound.q_blocks, batch * proxies * per_row * tokens, _WEIGHTS_AT_ONCE):
         part = slice(rows.start * per_row, rows.stop * per_row)
-        seen = last_key(bound, min(rows.stop * q_block, q.shape[2]))
-        logits = product(queries[:, :, part], keys[:, :, :seen], q.shape[-1] ** -0.5)
+        seen = last_key(bound, min(rows.stop * q_block, length))
+        logits = product(queries[:, :, part], keys[:, :, :seen], dim**-0.5)
         logits = filled(logits, 2, part.stop - part.start)
         clear = clear_keys(bound, rows.start * q_block)
-        key = torch.arange(clear, seen, dtype=torch.int32, device=q.device)
+        key = torch.arange(clear, seen, dtype=torch.int32, device=keys.device)
         logits[..., clear:].masked_fill_((key < start[:, :, part]) | (key >= end[:, :, part]), -math.inf)
         weights = logits.softmax(-1)
-        if not bound.layout.plain_causal or q.shape[2] % q_block:  # else every query sees a key
+        if not bound.layout.plain_causal or length % q_block:  # else every query sees a key
             weights = weights.masked_fill_(end[:, :, part] <= start[:, :, part], 0.0)
         best = filled(weights.unflatten(2, (-1, per_row)).amax(3), 3, k_block)
-        best = best.unflatten(3, (-1, k_block)).amax(-1).float()
-        found[:, :, rows, : best.shape[-1]] = best / best.sum(-1, keepdim=True).clamp(min=1e-20)
+        found[:, :, rows, : -(-seen // k_block)] = best.unflatten(3, (-1, k_block)).amax(-1)
     return found

@@ -3,11 +3,11 @@
 Each is a function of scores and a budget rule (:mod:`.rules`): a row keeps the best scores, as many as the rule
 counts, and the method's own first and last blocks, which take the place of the configuration's. Any other ``budget=``
 takes the blocks in the order of the scores. Where a file has the per-head settings of a model, a layer's selector is
-made by :func:`.minference.from_file` and :func:`.xattention.from_file`.
+made by :func:`.minference.from_file` and :func:`.antidiagonals.from_file`.
 
-================== ========================= ======================= ===================== ====================
+================== ========================= ======================= ===================== =====================
 name               looks at                  keeps                   layouts               module
-================== ========================= ======================= ===================== ====================
+================== ========================= ======================= ===================== =====================
 dense              nothing                   everything              any                   :mod:`.static`
 a-shape            nothing                   128 first, 3,968 last   any                   :mod:`.static`
 tri-shape          nothing                   and 100 last queries    any                   :mod:`.static`
@@ -15,15 +15,15 @@ random             a hash                    the schedule            any        
 uniform            block means               the schedule            any                   :mod:`.static`
 minference         64 last queries           1,000 + 6,096 tokens    one causal prompt     :mod:`.minference`
 flexprefill        last queries, means       gamma 0.9, tau 0.1      one causal prompt     :mod:`.flexprefill`
-xattention         antidiagonals             0.9 of their mass       intervals             :mod:`.xattention`
+xattention         antidiagonals             0.9 of their mass       intervals             :mod:`.antidiagonals`
 flashprefill, -v2  queries, mean keys        0.2, 0.1 of the best    intervals             :mod:`.flashprefill`
 spargeattn, -topk  means, cosines            0.98, half              any                   :mod:`.spargeattn`
-cosa               antidiagonal peaks        0.8 of their mass       intervals             :mod:`.cosa`
+cosa               antidiagonal peaks        0.8 of their mass       intervals             :mod:`.antidiagonals`
 vecattention       mean queries, keys        0.1 of the best         intervals             :mod:`.vecattention`
 prism              means in two bands        0.95 of each            any                   :mod:`.prism`
 proxyattn          pooled heads              as last queries say     one causal prompt     :mod:`.proxyattn`
 oracle-error       everything                the schedule            intervals             :mod:`.oracle`
-================== ========================= ======================= ===================== ====================
+================== ========================= ======================= ===================== =====================
 
 Intervals are layouts that give every query one interval of keys: all but masks from functions and BlockMasks. One
 causal prompt: causal, padding, sliding windows. All take ``q_offset``, batches, grouped heads and any length.
@@ -34,8 +34,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from stem_flex.budget import PREFERRED, Coverage
 from stem_flex.selectors import (
-    cosa,
+    antidiagonals,
     flashprefill,
     flexprefill,
     minference,
@@ -45,9 +46,8 @@ from stem_flex.selectors import (
     spargeattn,
     static,
     vecattention,
-    xattention,
 )
-from stem_flex.selectors.rules import PREFERRED, Above, Coverage, Part, Relative
+from stem_flex.selectors.rules import Above, Part, Relative
 from stem_flex.selectors.selector import Selector
 
 
@@ -90,7 +90,7 @@ SELECTORS = (
     ),
     Selector(
         "xattention",
-        xattention.scores,
+        antidiagonals.xattention,
         "mass of strided antidiagonals, 90 % of it",
         _forced(1, 1, stride=16),
         budget=Coverage(0.9),
@@ -125,7 +125,7 @@ SELECTORS = (
     ),
     Selector(
         "cosa",
-        cosa.scores,
+        antidiagonals.cosa,
         "antidiagonal peaks, blocks with a row's peak first, 80 % of the mass",
         _forced(1, 1),
         budget=Coverage(0.8),

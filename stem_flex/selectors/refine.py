@@ -26,7 +26,7 @@ from stem_flex.config import StemConfig
 from stem_flex.layout import Layout, causal
 from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.plumbing.checks import check_config, check_positive
-from stem_flex.select import _ordered
+from stem_flex.select import order_of
 
 UNITS = ("logit", "mass")
 _EPS = 1e-6  # inside the logarithm and beside the deviation, as in stem_flex.score
@@ -165,7 +165,7 @@ def bind_rows(
 
 def best(scores: Tensor, allowed: Tensor, counts: Tensor, most: int) -> Tensor:
     """The ``counts`` best allowed entries of each row, see :meth:`Refined.keep`; nothing waits for the device."""
-    order = _ordered(scores, allowed)
+    order = order_of(scores, allowed)
     top = order.topk(min(most, order.shape[-1]), dim=-1).values
     last = (counts.clamp(min=1, max=top.shape[-1]) - 1).long().expand(order.shape[:-1])[..., None]
     least = top.gather(-1, last)

@@ -15,6 +15,7 @@ from stem_flex.plumbing.checks import check_config, check_qkv
 from stem_flex.plumbing.classes import EMPTY
 from stem_flex.plumbing.geometry import Spans
 from stem_flex.score import bind_to
+from stem_flex.select import forced_blocks
 
 
 def prepare(
@@ -204,6 +205,12 @@ def tail_attention(tail: Tail, k: Tensor) -> tuple[Tensor, Tensor]:
         inside = (offset >= 0) & (offset <= length + rows)
         diagonals.append(skewed.gather(2, offset.clamp(min=0, max=length + rows)) * inside)
     return torch.cat(columns, 1), torch.cat(diagonals, 1)
+
+
+def first_and_own(bound: BoundLayout, config: StemConfig) -> Tensor:
+    """The first block of each row's range and the blocks of its own positions, bool (1 or B, 1 or H, Qb, Kb)."""
+    one = StemConfig(block_size=config.block_size, stride=config.stride, sink_blocks=1, local_blocks=0)
+    return forced_blocks(bound, bound.dense_classes(), one)
 
 
 def own_distance(bound: BoundLayout) -> Tensor:

@@ -16,11 +16,11 @@ import math
 import torch
 from torch import Tensor
 
+from stem_flex.budget import FORCED
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
 from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.plumbing.classes import EMPTY
-from stem_flex.selectors.rules import FORCED
 from stem_flex.selectors.shared import block_means, block_sums, hide, operand, prepare, product, real_tokens
 
 
@@ -28,7 +28,7 @@ def scores(
     q: Tensor, k: Tensor, v: Tensor, config: StemConfig | None = None, *,
     layout: Layout | BoundLayout | None = None, q_offset: int | Tensor = 0, similarity: float = 0.6,
 ) -> Tensor:  # fmt: skip
-    """Share of each alike block in its row; what is not alike has none and is lifted by 4.
+    """Share of each alike block in its row; what is not alike has none and is lifted by FORCED.
 
     Args:
         q: (B, Hq, Lq, D); k: (B, Hkv, Lk, D); v: (B, Hkv, Lk, Dv), not looked at.

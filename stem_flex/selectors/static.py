@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stem_flex.budget import PREFERRED
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
 from stem_flex.plumbing.binding import BoundLayout
-from stem_flex.selectors.rules import PREFERRED
 from stem_flex.selectors.shared import block_means, hide, offsets_between, own_distance, prepare, product
 
 

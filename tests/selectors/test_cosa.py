@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from stem_flex.budget import Coverage
 from stem_flex.reference import estimates
-from stem_flex.selectors.rules import Coverage
 from tests.selectors.cases import EVERY, agree
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from stem_flex import StemConfig, layout
-from stem_flex.selectors.rules import FORCED, PREFERRED, Above, Coverage, Part, Relative, share
+from stem_flex.budget import FORCED, PREFERRED, Coverage, share_of
+from stem_flex.selectors.rules import Above, Part, Relative
 
 CONFIG = StemConfig(block_size=16, stride=8)
 
@@ -32,12 +33,12 @@ def counted(rule, scores):
 
 
 def test_the_share_is_what_was_not_lifted(rows):
-    torch.testing.assert_close(share(rows).sum(-1), torch.ones(2, 3, 10))
-    assert share(torch.tensor([1.0, 3.0, 5.0, 7.0, -math.inf])).tolist() == [1.0, 1.0, 1.0, 1.0, 0.0]
+    torch.testing.assert_close(share_of(rows).sum(-1), torch.ones(2, 3, 10))
+    assert share_of(torch.tensor([1.0, 5.0, 9.0, 13.0, -math.inf])).tolist() == [1.0, 1.0, 1.0, 1.0, 0.0]
 
 
 def test_above(rows):
-    assert torch.equal(counted(Above(PREFERRED), rows), (rows >= 2).sum(-1).int())
+    assert torch.equal(counted(Above(PREFERRED), rows), (rows >= PREFERRED).sum(-1).int())
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -46,8 +47,8 @@ def test_relative(rows, alpha):
     got = counted(Relative(alpha, full_rows=2), rows)
     for row, scores in enumerate(rows[1, 2]):
         seen = [float(x) for x in scores[: row + 1]]
-        best = max(x % 2 for x in seen)
-        wanted = 10 if row >= 8 else sum(x >= 4 or x % 2 >= alpha * best for x in seen)
+        best = max(x % PREFERRED for x in seen)
+        wanted = 10 if row >= 8 else sum(x >= FORCED or x % PREFERRED >= alpha * best for x in seen)
         assert int(got[1, 2, row]) == wanted
 
 
@@ -57,7 +58,7 @@ def test_the_last_rows_are_the_prompts_not_the_chunks():
     whole = bound(32, 160, q_offset=128)
     assert Relative(0.5, full_rows=1).counts(whole, CONFIG, 2, 3, scores)[0, 0, 1] == 10
     early = bound(32, 160, q_offset=128, prompt_len=800)
-    assert Relative(2.0, full_rows=1).counts(early, CONFIG, 2, 3, scores)[0, 0].tolist() == [0, 0]
+    assert Relative(PREFERRED, full_rows=1).counts(early, CONFIG, 2, 3, scores)[0, 0].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -72,9 +73,9 @@ def test_coverage(rows, rule):
         part = rule.share[h] if isinstance(rule.share, tuple) else rule.share
         for row in range(10):
             ordered = sorted((float(x) for x in rows[1, h, row, : row + 1]), reverse=True)
-            shares = [x % 2 for x in ordered]
+            shares = [x % PREFERRED for x in ordered]
             limit = part * math.fsum(shares)
-            forced = sum(x >= 4 for x in ordered)
+            forced = sum(x >= FORCED for x in ordered)
             if part >= 1:
                 taken = 10
             elif rule.crossing:

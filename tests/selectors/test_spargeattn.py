@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from stem_flex import selectors
+from stem_flex.budget import Coverage
 from stem_flex.reference import estimates
 from stem_flex.selectors import spargeattn
-from stem_flex.selectors.rules import Coverage, Part
+from stem_flex.selectors.rules import Part
 from tests.selectors.cases import EVERY, ONE_PROMPT, agree, inputs
 
 

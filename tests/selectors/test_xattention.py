@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from stem_flex import StemConfig, selectors, stem_block_mask
+from stem_flex.budget import FORCED, Coverage
+from stem_flex.plumbing import strips
 from stem_flex.plumbing.tables import block_classes
 from stem_flex.reference import selectors as loops
-from stem_flex.selectors import rules, xattention
-from stem_flex.selectors.rules import Coverage
+from stem_flex.selectors import antidiagonals
 from tests.selectors.cases import CONFIG, EVERY, ONE_PROMPT, agree, chosen, inputs
 
 
@@ -39,10 +40,10 @@ def test_xattention_in_strips(monkeypatch):
     case = EVERY["documents"]
     q, k, v = inputs(case)
     whole = selectors.get("xattention").scores(q, k, v, CONFIG, layout=case[5])
-    monkeypatch.setattr(xattention, "_CELLS_AT_ONCE", 1)
+    monkeypatch.setattr(antidiagonals, "_CELLS_AT_ONCE", 1)
     torch.testing.assert_close(selectors.get("xattention").scores(q, k, v, CONFIG, layout=case[5]), whole)
     counts = Coverage(0.7).counts(None, CONFIG, 1, 2, whole)
-    monkeypatch.setattr(rules, "_ENTRIES_AT_ONCE", 1)
+    monkeypatch.setattr(strips, "_ENTRIES_AT_ONCE", 1)
     assert torch.equal(Coverage(0.7).counts(None, CONFIG, 1, 2, whole), counts)
 
 
@@ -62,7 +63,7 @@ def test_threshold_that_covers_the_true_mass():
                         held += true[j]
                 least = min(shares[j] for j in taken)
                 expected[h].append(sum(x for x in shares if x >= least))
-    found = xattention.threshold_for(scores + 4 * (torch.rand(scores.shape) < 0.2), mass, 0.9)
+    found = antidiagonals.threshold_for(scores + FORCED * (torch.rand(scores.shape) < 0.2), mass, 0.9)
     torch.testing.assert_close(found, torch.tensor(expected).mean(1), atol=2e-6, rtol=0)
 
 
@@ -81,9 +82,9 @@ def test_calibration_and_its_file(tmp_path):
     assert all(0.3 < x <= 1 for heads in thresholds for x in heads)
     path = tmp_path / "x.json"
     path.write_text(json.dumps({"stride": 8, "thresholds": thresholds}))
-    selector = xattention.from_file(path, 1)
+    selector = antidiagonals.from_file(path, 1)
     assert selector.budget == Coverage(tuple(thresholds[1]))
     kept = block_classes(stem_block_mask(*inputs(case, seed=1), CONFIG, selector=selector)) > 0
     assert 0.2 < float(kept.float().mean()) <= 0.55
     with pytest.raises(ValueError, match=r"layer must be one of the 2 layers of x.json, got 2"):
-        xattention.from_file(path, 2)
+        antidiagonals.from_file(path, 2)
