@@ -97,7 +97,7 @@ class Settings:
         """
         data = _plain(name, data, cls)
         config = _plain(f"{name}['config']", data.pop("config", None), StemConfig)
-        for field_name in ("block_size", "sketch"):
+        for field_name in ("block_size", "sketch", "coarse"):
             if isinstance(config.get(field_name), list):
                 config[field_name] = tuple(config[field_name])
         if "dense_layers" in data:
