@@ -22,7 +22,7 @@ from stem_flex.plumbing.backend import Decision, choose, kernel_options
 from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.plumbing.captured import captured_values, code_of
 from stem_flex.plumbing.checks import check_block_mask, check_config, check_mod, check_qkv, check_scale
-from stem_flex.plumbing.compiled import compiled
+from stem_flex.plumbing.compiled import compiled, from_constant, to_constant
 from stem_flex.plumbing.dense import dense_causal
 from stem_flex.plumbing.sharded import by_heads
 from stem_flex.selectors import Selector
@@ -259,44 +259,51 @@ def _sparse_prefill(
             "block_mask has no query tables, which gradients need; build it with compute_q_blocks=True, "
             "or call under torch.no_grad()"
         )
-    if torch.compiler.is_compiling():
-        return _flex(q, k, v, block_mask, scale, score_mod, return_lse, merged)
+    # not is_compiling(), which other threads see too while one compiles: they would run eagerly
+    if torch.compiler.is_dynamo_compiling():
+        return _flex(q, k, v, block_mask, block_size, scale, score_mod, return_lse, merged)
     if name == "flash":
         check_block_lists(_flash, q, k, v)
     kind = (name, q.dtype, q.shape[0] == 1, q.shape[1], *k.shape[1::2], v.shape[3], return_lse, needs_grad)
     # Numbers that vary are Inductor's inputs, which no kernel takes as floats, and FLASH not at all: constants, then.
     constants = (int, float) if name == "flash" else (float,)
+    size = tuple(map(to_constant, block_size))
+    merged = {key: to_constant(value) for key, value in merged.items()}
     mods = [code_of(mod, constants) for mod in (block_mask.mask_mod, score_mod)]
-    kind = (*kind, tuple(block_mask.BLOCK_SIZE), *(mod.code for mod in mods), scale, *sorted(merged.items()))
+    kind = (*kind, size, *(mod.code for mod in mods), scale, *sorted(merged.items()))
     numbers = tuple(mod.numbers for mod in mods) if any(mod.fixed for mod in mods) else None
     # IS_DIVISIBLE tells TRITON's kernel what a fixed length would; dynamic=True would leave floats open
     dynamic = True if name == "triton" and numbers is None else None
-    return compiled(_flex, kind, dynamic, numbers)(q, k, v, block_mask, scale, score_mod, return_lse, merged)
+    return compiled(_flex, kind, dynamic, numbers)(q, k, v, block_mask, size, scale, score_mod, return_lse, merged)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
     options = kernel_options("flash", q, k, v, (128, 128))
+    size = (to_constant(128), to_constant(128))
     return compiled(_flex, ("self-test", *q.shape, *k.shape, v.shape[3], q.dtype))(
-        q, k, v, block_mask, None, None, False, options
+        q, k, v, block_mask, size, None, None, False, options
     )
 
 
-def _flex(q, k, v, block_mask, scale, score_mod, return_lse, options) -> Any:
-    if not torch.compiler.is_compiling():
+def _flex(q, k, v, block_mask, block_size, scale, score_mod, return_lse, options) -> Any:
+    if not torch.compiler.is_dynamo_compiling():
         raise RuntimeError(
             "flex_attention would run eagerly, which ignores the block lists and attends to everything; "
             "torch.compile is switched off: unset TORCHDYNAMO_DISABLE / TORCH_COMPILE_DISABLE, or leave "
             "torch.compiler.disable"
         )
+    given: Any = {name: from_constant(value) for name, value in options.items()}
+    block_size = (from_constant(block_size[0]), from_constant(block_size[1]))
+    tables: dict[str, Any] = {name: getattr(block_mask, name) for name in _TABLES}
     out: Any = flex_attention(
         q,
         k,
         v,
         score_mod=score_mod,
-        block_mask=block_mask,
+        block_mask=BlockMask(BLOCK_SIZE=block_size, **tables),
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
-        kernel_options=options,
+        kernel_options=given,
         return_aux=AuxRequest(lse=True) if return_lse else None,
     )
     if not return_lse:
@@ -306,6 +313,11 @@ def _flex(q, k, v, block_mask, scale, score_mod, return_lse, options) -> Any:
     return out[0], lse / math.log(2) if options.get("BACKEND") == "FLASH" and not _LSE_BY_BACKEND else lse
 
 
+_TABLES = (
+    "seq_lengths",
+    "mask_mod",
+    *(f"{full}{of}_{what}" for full in ("", "full_") for of in ("kv", "q") for what in ("num_blocks", "indices")),
+)
 _LSE_BY_BACKEND = any("stats_are_log2" in getattr(c, "co_varnames", ()) for c in flex_attention.__code__.co_consts)
 
 

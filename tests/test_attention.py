@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 
 from stem_flex import StemConfig, layout, reference, stem_attention, stem_block_mask, testing
-from stem_flex.attention import sparse_prefill
+from stem_flex.attention import _flex, sparse_prefill
 from stem_flex.plumbing import compiled as _compiled
 from stem_flex.plumbing.captured import code_of
-from stem_flex.plumbing.compiled import compiled
+from stem_flex.plumbing.compiled import _copy, compiled, to_constant
 
 # flex_attention's C++ kernel compiles for each dtype, head dim and kind of mask: few kinds of call here
 CONFIG = StemConfig(block_size=64, schedule="fixed", k_start=2, sink_blocks=1, local_blocks=1)
@@ -116,6 +116,37 @@ def test_running_eagerly_is_an_error():
         "else: raise SystemExit('ran eagerly')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"})
+
+
+def test_another_threads_compilation_makes_nothing_eager(make_qkv, monkeypatch):
+    q, k, v = make_qkv(Lq=320, D=32)
+    expected = stem_attention(q, k, v, CONFIG)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # what this thread sees meanwhile
+    torch.testing.assert_close(stem_attention(q, k, v, CONFIG), expected, atol=0, rtol=0)
+
+
+def test_block_sizes_and_options_are_constants_of_the_graph(make_qkv):
+    """Inductor's caches look graphs up by their text: what a kernel is compiled for must be in it."""
+    found = []
+
+    def backend(graph, inputs):
+        sizes = [x for x in inputs if isinstance(x, torch.SymInt)]
+        found.append((graph.code, {int(x.node.hint) for x in sizes}))
+        return graph.forward
+
+    q, k, v = make_qkv(Lq=300)
+    for block in (16, 32):
+        run = torch.compile(_copy(_flex, "constants"), fullgraph=True, dynamic=True, backend=backend)
+        mask = stem_block_mask(q, k, v, StemConfig(block_size=block, stride=4, schedule="fixed", k_start=3))
+        size = (to_constant(block), to_constant(block))
+        options = {"BACKEND": "TRITON", "BLOCK_M": to_constant(block), "num_stages": to_constant(5)}
+        run(q, k, v, mask, size, 0.25, None, False, options)
+    assert len({code for code, _ in found}) == len(found) == 2
+    for (code, sizes), block in zip(found, (16, 32), strict=True):
+        assert f"{block}, {block}, mask_fn_0" in code
+        assert f"'BLOCK_M': {block}" in code
+        assert "'num_stages': 5" in code
+        assert not sizes & {5, block}
 
 
 @torch._dynamo.config.patch(recompile_limit=1)

@@ -7,6 +7,7 @@ import itertools
 import types
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,20 @@ def _compiled(f: types.FunctionType, kind: Hashable, dynamic: bool | None, const
 def _copy(f: types.FunctionType, name: str) -> types.FunctionType:
     code = f.__code__.replace(co_name=name)
     return types.FunctionType(code, f.__globals__, f.__name__, f.__defaults__)
+
+
+def to_constant(value: Any) -> Any:
+    """``value`` as an argument of compiled code that stays a constant of it: ints as text.
+
+    TorchDynamo takes an int for a size that varies and leaves it to Inductor to settle on a value. Graphs that differ
+    in such an int alone are then one text and one key of its caches, told apart by guards alone.
+    """
+    return f"int {value}" if type(value) is int else value
+
+
+def from_constant(value: Any) -> Any:
+    """The value that :func:`to_constant` was given."""
+    return int(value[4:]) if isinstance(value, str) and value.startswith("int ") else value
 
 
 def apart(*tensors: Tensor) -> Sequence[Tensor]:

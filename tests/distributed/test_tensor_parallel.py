@@ -9,6 +9,7 @@ from tests.distributed import ranks
 
 def test_two_ranks(tmp_path):
     pytest.importorskip("transformers", reason="tensor parallelism is transformers' own")
+    pytest.importorskip("accelerate", reason="transformers loads a tensor parallel model with it")
     from tests.hf_models import tiny_model
 
     tiny_model("llama").save_pretrained(tmp_path / "whole")
