@@ -162,6 +162,7 @@ def _options(config: StemConfig) -> tuple:
         config.local_blocks,
         config.routing,
         config.sketch,
+        config.coarse,
         config.budget,
         config.threshold,
         config.floor,
