@@ -21,7 +21,7 @@ from stem_flex.plumbing.ambient import cast_as_sdpa, refuse_transforms, without_
 from stem_flex.plumbing.backend import Decision, choose, kernel_options
 from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.plumbing.captured import captured_values, code_of
-from stem_flex.plumbing.checks import check_block_mask, check_config, check_mod, check_qkv, check_scale
+from stem_flex.plumbing.checks import check_config, check_mask_of, check_options, check_qkv, check_scale
 from stem_flex.plumbing.compiled import compiled, from_constant, to_constant
 from stem_flex.plumbing.dense import dense_causal
 from stem_flex.plumbing.sharded import by_heads
@@ -212,7 +212,7 @@ def sparse_prefill(
 @without_autocast
 def _corrected_prefill(q, k, v, block_mask, scale, score_mod, backend, return_lse, options) -> Any:
     check_qkv(q, k, v)
-    _check_mask(q, k, block_mask)
+    check_mask_of(q, k, block_mask)
     means.refuse_correction(block_mask, score_mod, _needs_grad(q, k, v, score_mod))
     if not q.is_cuda:
         more = means.behind(q, k, v, block_mask)
@@ -238,8 +238,8 @@ def _sparse_prefill(
 ) -> Tensor | tuple[Tensor, Tensor]:
     check_qkv(q, k, v)
     refuse_transforms(q, k, v)
-    _check_mask(q, k, block_mask)
-    _check_options(scale, score_mod, options)
+    check_mask_of(q, k, block_mask)
+    check_options(scale, score_mod, options)
     needs_grad = _needs_grad(q, k, v, score_mod)
     block_size = (block_mask.BLOCK_SIZE[0], block_mask.BLOCK_SIZE[1])
     name = choose(
@@ -319,29 +319,6 @@ _TABLES = (
     *(f"{full}{of}_{what}" for full in ("", "full_") for of in ("kv", "q") for what in ("num_blocks", "indices")),
 )
 _LSE_BY_BACKEND = any("stats_are_log2" in getattr(c, "co_varnames", ()) for c in flex_attention.__code__.co_consts)
-
-
-def _check_mask(q: Tensor, k: Tensor, block_mask: BlockMask) -> None:
-    check_block_mask("block_mask", block_mask)
-    if tuple(block_mask.seq_lengths) != (q.shape[2], k.shape[2]):
-        raise ValueError(
-            f"block_mask must be of q's and k's lengths {(q.shape[2], k.shape[2])}, got {tuple(block_mask.seq_lengths)}"
-        )
-    for name, size, have in zip("BH", q.shape, block_mask.kv_num_blocks.shape, strict=False):
-        if have not in (1, size):
-            raise ValueError(f"block_mask must have {name}=1 or q's {size}, got {have}")
-    if block_mask.kv_num_blocks.device != q.device:
-        raise ValueError(f"block_mask must be on q's device {q.device}, got {block_mask.kv_num_blocks.device}")
-
-
-def _check_options(scale: object, score_mod: object, options: object) -> None:
-    check_scale(scale)
-    if score_mod is not None:
-        check_mod("score_mod", score_mod, "score_mod")
-    if options is not None and not isinstance(options, dict):
-        raise TypeError(
-            f"options must be a dict of flex_attention kernel options or None, got {type(options).__name__}"
-        )
 
 
 def _needs_grad(q: Tensor, k: Tensor, v: Tensor, score_mod: Callable | None) -> bool:

@@ -161,3 +161,28 @@ def check_scale(scale: object) -> None:
     """Raise unless ``scale`` is None or a number."""
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+
+
+def check_mask_of(q: Tensor, k: Tensor, block_mask: BlockMask) -> None:
+    """Raise unless ``block_mask`` is one of the sizes and the device of q and k."""
+    check_block_mask("block_mask", block_mask)
+    if tuple(block_mask.seq_lengths) != (q.shape[2], k.shape[2]):
+        raise ValueError(
+            f"block_mask must be of q's and k's lengths {(q.shape[2], k.shape[2])}, got {tuple(block_mask.seq_lengths)}"
+        )
+    for name, size, have in zip("BH", q.shape, block_mask.kv_num_blocks.shape, strict=False):
+        if have not in (1, size):
+            raise ValueError(f"block_mask must have {name}=1 or q's {size}, got {have}")
+    if block_mask.kv_num_blocks.device != q.device:
+        raise ValueError(f"block_mask must be on q's device {q.device}, got {block_mask.kv_num_blocks.device}")
+
+
+def check_options(scale: object, score_mod: object, options: object) -> None:
+    """Raise unless these are what flex_attention takes for a scale, a score_mod and kernel options."""
+    check_scale(scale)
+    if score_mod is not None:
+        check_mod("score_mod", score_mod, "score_mod")
+    if options is not None and not isinstance(options, dict):
+        raise TypeError(
+            f"options must be a dict of flex_attention kernel options or None, got {type(options).__name__}"
+        )
