@@ -266,7 +266,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def choose_config(name: str) -> stem_flex.StemConfig:
-    """``operator``, ``paper``, ``mass`` or ``default`` as a StemConfig."""
+    """``operator``, ``paper``, ``mass``, ``coarse`` (a mass with a coarse sketch) or ``default`` as a StemConfig."""
+    if name == "coarse":
+        return stem_flex.StemConfig.mass(coarse=(4, 1))
     return stem_flex.StemConfig() if name == "default" else getattr(stem_flex.StemConfig, name)()
 
 

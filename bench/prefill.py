@@ -285,7 +285,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=128 if cuda else 32)
     parser.add_argument("--dtype", default="bf16" if cuda else "fp32", choices=sorted(report.DTYPES))
     parser.add_argument("--bshd", action="store_true", help="q, k, v as views of (B, N, H, D) memory")
-    parser.add_argument("--config", default="operator", choices=("operator", "paper", "default", "mass"))
+    parser.add_argument("--config", default="operator", choices=("operator", "paper", "default", "mass", "coarse"))
     parser.add_argument("--inputs", default="random", choices=("random", "model"), help="model: bench.activations")
     parser.add_argument("--backends", nargs="*", default=None, choices=("triton", "flash", "cpu"))
     parser.add_argument("--no-auto", dest="auto", action="store_false", help="leave backend='auto' out")

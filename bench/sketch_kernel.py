@@ -1,17 +1,20 @@
 """``python -m bench.sketch_kernel``: which tiles the sketch's kernels should take, and what each kernel costs.
 
-Each variant is a whole mask build by a mass budget on random q and k (the time does not depend on what they hold),
-after the kernels were compared with the PyTorch path on the same card. The parts are the kernels of one profiled call:
-``keys`` and ``queries`` make proxies, ``plain`` and ``edge`` sum tiles, ``read`` makes scores and counts, ``select``
-chooses.
+Each variant is a whole mask build by a mass budget, after the kernels were compared with the PyTorch path on the same
+card: on random q and k, since the time does not depend on what they hold, and with a coarse sketch, where it does, on
+those of the shipped model, repeated past 128K tokens. The parts are the kernels of one profiled call:
+``keys`` and ``queries`` make proxies, ``plain`` and ``edge`` sum tiles, ``read`` makes scores and counts, ``fine``
+looks at what a coarse sketch proposed, ``select`` chooses.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,11 @@ import torch
 
 from stem_flex import StemConfig, layout
 from stem_flex.budget import Mass
-from stem_flex.kernels import launch, sketch_mass, sketch_proxies, sketch_sums
+from stem_flex.kernels import launch, sketch_chunks, sketch_fine, sketch_mass, sketch_proxies, sketch_sums
 from stem_flex.kernels.sketch_sums import Tile
 from stem_flex.selectors import sketch
 
-from . import report
+from . import activations, report
 
 TILES = (
     Tile(128, 64, 128, 4, 8, 3),
@@ -37,7 +40,9 @@ TILES = (
     Tile(64, 64, 128, 4, 4, 3),
 )
 SKETCHES = ((16, 8, 4, 8), (8, 8, 4, 8), (0, 8, 0, 16), (0, 16, 0, 16))
-PARTS = ("keys", "queries", "plain", "edge", "read", "select")
+PARTS = ("keys", "queries", "plain", "edge", "read", "fine", "select")
+COARSE = ((4, 1), (8, 1))
+MODEL_TOKENS = 131072  # of the shipped model's activations
 
 
 def parts(call: Callable[[], Any]) -> dict[str, float]:
@@ -57,7 +62,7 @@ def parts(call: Callable[[], Any]) -> dict[str, float]:
             found["queries" if seen[event.name] else "keys"] += milliseconds
         elif event.name == "_sums_kernel":  # launched in turns
             found["edge" if seen[event.name] % 2 else "plain"] += milliseconds
-        elif event.name in ("_read_kernel", "_select_kernel"):
+        elif event.name in ("_read_kernel", "_fine_kernel", "_select_kernel"):
             found[event.name.strip("_").removesuffix("_kernel")] += milliseconds
         if event.name in seen:
             seen[event.name] += 1
@@ -67,7 +72,9 @@ def parts(call: Callable[[], Any]) -> dict[str, float]:
 def forget() -> None:
     """Drop what launches remember, after tuning constants changed."""
     launch._plans.clear()
-    for remembered in (sketch_proxies._proxies_meta, sketch_sums._sums_meta, sketch_mass._read_meta):
+    for remembered in (
+        sketch_proxies._proxies_meta, sketch_sums._sums_meta, sketch_mass._read_meta, sketch_fine._fine_meta,
+    ):  # fmt: skip
         remembered.cache_clear()
 
 
@@ -91,25 +98,38 @@ def check(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int, 
     return {"largest": float(off.max()), "q999": float(off.quantile(0.999)), "same_structure": same}
 
 
-def cell(length: int, sizes: tuple[int, int, int, int], options: argparse.Namespace) -> dict[str, Any]:
+@functools.lru_cache(maxsize=1)
+def model_like(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k of the shipped model, repeated past 128K: what a coarse sketch proposes depends on them."""
+    q, k, _ = activations.model_inputs(min(length, MODEL_TOKENS), torch.device("cuda"))
+    times = -(-length // MODEL_TOKENS)
+    return tuple(x.repeat(1, 1, times, 1)[:, :, :length] for x in (q, k))  # type: ignore[return-value]
+
+
+def cell(length: int, sizes: tuple[int, ...], coarse: tuple[int, int] | None, options: Any) -> dict[str, Any]:
     """One length and sketch with the tuning constants as they are."""
     device = torch.device("cuda")
-    q, k, _ = report.inputs(length, 32, 8, 128, torch.bfloat16, device, bshd=options.bshd)
-    build = builder(q, k, StemConfig(routing="sketch", budget="mass", threshold=0.05, mu=1.0, sketch=sizes,
-                                     sink_blocks=1, local_blocks=2))  # fmt: skip
+    if coarse is None:
+        q, k, _ = report.inputs(length, 32, 8, 128, torch.bfloat16, device, bshd=options.bshd)
+    else:
+        q, k = model_like(length)
+    config = replace(StemConfig.mass(), sketch=sizes, coarse=coarse)
+    build = builder(q, k, config)
     build()
     timing = report.measure(build, device, repeats=options.repeats, seconds=options.seconds)
     peak = report.peak_extra_bytes(build, device)
     return {"ms": round(timing.median, 4), **parts(build), "peak_mib": round((peak or 0) / report.MIB, 1)}
 
 
-def run(name: str, length: int, sizes: tuple[int, int, int, int], options: argparse.Namespace) -> dict[str, Any]:
+def run(
+    name: str, length: int, sizes: tuple[int, ...], options: argparse.Namespace, coarse: tuple[int, int] | None = None
+) -> dict[str, Any]:
     """One line of the table, printed as soon as it is there."""
     forget()
-    found = report.attempt(lambda: cell(length, sizes, options))
-    row = {"variant": name, "tokens": length, "sketch": list(sizes), **found}
+    found = report.attempt(lambda: cell(length, sizes, coarse, options))
+    row = {"variant": name, "tokens": length, "sketch": list(sizes), "coarse": coarse, **found}
     shown = found.get("error") or "  ".join(f"{key} {found[key]}" for key in ("ms", *PARTS, "peak_mib"))
-    print(f"{name:34s} {report.short(length):>5s} {sizes!s:15s} {shown}", flush=True)
+    print(f"{name:34s} {report.short(length):>5s} {sizes!s:15s} {coarse!s:7s} {shown}", flush=True)
     return row
 
 
@@ -148,25 +168,34 @@ def main(arguments: list[str] | None = None) -> None:
         sketch_sums.HALF_TILE = best._replace(span=span)
         rows.append(run(f"best tile, span {span}", middle, SKETCHES[0], options))
     sketch_sums.HALF_TILE = best
-    workspace = sketch_mass.WORKSPACE_BYTES
+    workspace = sketch_chunks.WORKSPACE_BYTES
     for module, name, values in (
         (sketch_proxies, "ELEMENTS_PER_THREAD", (32, 128)),
         (sketch_mass, "KEY_BLOCKS_PER_WARP", (16, 32)),
-        (sketch_mass, "ROWS", (16, 32, 128, 192)),
+        (sketch_chunks, "ROWS", (16, 32, 128, 192)),
     ):
         default = getattr(module, name)
         if name == "ROWS":
-            sketch_mass.WORKSPACE_BYTES = 1
+            sketch_chunks.WORKSPACE_BYTES = 1
         for value in values:
             setattr(module, name, value)
             rows.append(run(f"{name} {value}", middle, SKETCHES[0], options))
         setattr(module, name, default)
-    sketch_mass.WORKSPACE_BYTES = workspace
+    sketch_chunks.WORKSPACE_BYTES = workspace
+    save()
+    for name, values in (("TILE", (16, 64)), ("SCAN", (256, 1024)), ("WARPS", (2, 8)), ("STAGES", (2, 4))):
+        default = getattr(sketch_fine, name)
+        for value in values:
+            setattr(sketch_fine, name, value)
+            rows.append(run(f"fine {name} {value}", middle, SKETCHES[0], options, COARSE[0]))
+        setattr(sketch_fine, name, default)
     save()
     for length in lengths:
         for sizes in SKETCHES:
             rows.append(run("best tile", length, sizes, options))
-    save()
+        for coarse in COARSE:
+            rows.append(run("best tile", length, SKETCHES[0], options, coarse))
+        save()
 
 
 if __name__ == "__main__":

@@ -99,6 +99,9 @@ def policies(options: argparse.Namespace) -> list[Any]:
     for threshold in options.thresholds:
         config = replace(base, threshold=threshold, sketch=sketch, block_size=size)
         found += corrected(f"mass > {threshold:g}", config, options.corrections)
+        if options.coarse:
+            coarse = replace(config, coarse=tuple(options.coarse))
+            found += corrected(f"mass > {threshold:g}, coarse {coarse.coarse}", coarse, options.corrections)
     for density in options.stem:
         config = StemConfig(schedule="fixed", k_start=density, sink_blocks=1, local_blocks=2)
         found += corrected(f"Stem {density:.0%}", config, options.corrections)
@@ -141,6 +144,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--thresholds", type=floats, default=[0.05])
     parser.add_argument("--stem", type=floats, default=[0.25], help="fixed parts of the blocks, to compare with")
     parser.add_argument("--sketch", type=lambda text: [int(x) for x in text.split(",")], help="four sizes")
+    parser.add_argument("--coarse", type=lambda text: [int(x) for x in text.split(",")], help="two sizes: also so")
     parser.add_argument("--corrections", nargs="+", choices=["none", "mean"], default=["none"])
     parser.add_argument("--key-block", type=int, default=128)
     parser.add_argument("--families", nargs="+", help="of bench.ruler; by default those that suit the model")

@@ -13,7 +13,9 @@ Importing this package imports Triton; the rest of `stem_flex` imports it only w
 `sketch_proxies`    the block sketch: outliers and group means of every block, in one pass over q or k
 `sketch_sums`       proxies -> exponentials summed by key block (a GEMM)
 `sketch_mass`       the sums -> mean and largest mass of block pairs, and counts above a threshold, in row chunks
-`sketch_ops`        ``torch.ops.stem_flex.sketch_scores`` over those three
+`sketch_fine`       the masses of only those pairs that a coarse sketch proposed
+`sketch_chunks`     the four of them in row chunks under a fixed workspace
+`sketch_ops`        ``torch.ops.stem_flex.sketch_scores`` over those
 `sketch_tables`     ``torch.ops.stem_flex.sketch_tables``: scores, counts and selection, streamed
 ==================  ====================================================================================
 """
