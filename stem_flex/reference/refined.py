@@ -98,8 +98,12 @@ def infllm_keep(
     q_offset: int = 0,
     end: list[int] | None = None,
     prompt_len: list[int] | None = None,
+    threshold: float = -1.0,
 ) -> Tensor:
-    """Which blocks InfLLM-v2 with Stem keeps for each query token and KV head, bool (B, Hkv, Lq, Kb)."""
+    """Which blocks InfLLM-v2 with Stem keeps for each query token and KV head, bool (B, Hkv, Lq, Kb).
+
+    Beside the forced blocks no more than have a mass above ``threshold``.
+    """
     (batch, heads, queries, dim), kv_heads, keys = q.shape, k.shape[1], k.shape[2]
     group, blocks = heads // kv_heads, -(-keys // block)
     kept = torch.zeros(batch, kv_heads, queries, blocks, dtype=torch.bool, device="cpu")
@@ -120,16 +124,18 @@ def infllm_keep(
                     for g in range(group):
                         logits = means @ q[b, h * group + g, row].double() / math.sqrt(dim)
                         mass += logits.softmax(-1)
-                scores = []
+                scores, above = [], 0
                 for j in range(own + 1):
                     if j < first or j > own - local:
                         scores.append(math.inf)
+                        above += 1
                         continue
                     over = [
                         m for s, m in zip(starts, mass, strict=True) if s < (j + 1) * block and s + window > j * block
                     ]
                     worth = max(over).item() if over else 0.0
+                    above += worth > threshold
                     scores.append(worth * math.exp(config.value_weight * bonus[j]))
-                count = max(first + local, decayed(min(own, prompt - 1), prompt, keep, config))
+                count = max(first + local, min(above, decayed(min(own, prompt - 1), prompt, keep, config)))
                 kept[b, h, row, best(scores, count)] = True
     return kept

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stem_flex.budget import Mass
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
 from stem_flex.plumbing.checks import check_config, check_positive, check_qkv, check_scale
@@ -73,6 +74,7 @@ def dsa_tokens(
     q_offset: int | Tensor = 0,
     prompt_len: int | Tensor | None = None,
     kv_len: int | Tensor | None = None,
+    budget: Mass | None = None,
     workspace: int = WORKSPACE,
 ) -> Tokens:
     """Choose the key tokens of every query: DSA's top-k, with Stem's budget and value magnitude.
@@ -84,6 +86,8 @@ def dsa_tokens(
             15 to 16 % of the tokens of a prompt of 4K to 512K (``StemConfig(mu=1.0, value_weight=0.0)`` is plain DSA).
         keep: DSA's constant budget.
         layout, q_offset, prompt_len, kv_len: as in :func:`~stem_flex.selectors.refine.refine`.
+        budget: see :func:`~stem_flex.selectors.refine.refine`; the mass of a key is its share of the softmax of the
+            indexer's scores. Give it a floor: an indexer may be sure of too little.
         workspace: bytes for a strip of rows, of which one row at least is taken. Nothing of Lq x Lk is held.
 
     Returns:
@@ -111,7 +115,7 @@ def dsa_tokens(
         strip = slice(first, min(first + rows, queries))
         scores = lightning_scores(q[:, :, strip], k, weights[:, strip])[:, None]
         bound = bind(rows=scores.shape[2], q_offset=q_offset + first)
-        refined = refine(scores, v, config, keep=keep, layout=bound, magnitude=magnitude)
+        refined = refine(scores, v, config, keep=keep, layout=bound, magnitude=magnitude, budget=budget)
         indices[:, strip] = listed(refined.keep(width)[:, 0], width)
     return Tokens(indices, (indices >= 0).sum(-1, dtype=torch.int32))
 

@@ -23,6 +23,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from stem_flex.budget import Mass
 from stem_flex.config import StemConfig
 from stem_flex.layout import causal
 from stem_flex.plumbing.binding import BoundLayout
@@ -134,6 +135,7 @@ def infllm_blocks(
     prompt_len: int | Tensor | None = None,
     kv_len: int | Tensor | None = None,
     scale: float | None = None,
+    budget: Mass | None = None,
     workspace: int = WORKSPACE,
 ) -> TokenBlocks:
     """Choose the blocks of every query token and KV head: InfLLM-v2's top-k, with Stem's budget and value magnitude.
@@ -150,6 +152,8 @@ def infllm_blocks(
             their row's length choose among its keys, and mean nothing. Padding at the left is not served: blocks and
             means count from key 0.
         scale: of the logits; None means 1 / sqrt(D).
+        budget: see :func:`stem_flex.selectors.refine.refine`; the mass of a block is :func:`block_attention`'s, added
+            up over the heads of the group.
         workspace: bytes for a strip of rows, of which 128 at least are taken.
 
     Raises:
@@ -179,8 +183,9 @@ def infllm_blocks(
         scores = block_attention(q[:, :, strip], means, blocks, sizes, q_offset=q_offset + first, scale=scale)
         bound = bind(rows=scores.shape[2], q_offset=q_offset + first)
         refined = refine(
-            scores, v, config, keep=sizes.keep, size=bound.block_size, layout=bound, unit="mass", magnitude=magnitude
-        )
+            scores, v, config, keep=sizes.keep, size=bound.block_size, layout=bound, unit="mass", magnitude=magnitude,
+            budget=budget,
+        )  # fmt: skip
         counts = refined.counts.clamp(min=sizes.forced)
         chosen = best(refined.scores, refined.allowed, counts, sizes.keep)
         words[:, :, strip], kept[:, :, strip] = _packed(chosen), chosen.sum(-1, dtype=torch.int32)

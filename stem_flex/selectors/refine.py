@@ -7,7 +7,8 @@ number of keys for every query. Stem's two ideas apply to any such scores (arXiv
 
 Measured, not taken for granted (``python -m bench.refine``, bench/results/refine.md): the decay saves what it promises,
 and rows of the first half of a prompt lose less by it than by a uniform cut of the same size. Late rows lose more, and
-over a whole prompt of the shipped model the uniform cut (a smaller ``keep`` with ``mu=1``) is as good or better.
+over a whole prompt of the shipped model the uniform cut (a smaller ``keep`` with ``mu=1``) is as good or better. A
+threshold on the method's own mass (``budget=``) spends the same better than either: see :func:`refine`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from stem_flex.budget import row_budget
+from stem_flex.budget import Mass, row_budget
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout, causal
 from stem_flex.plumbing.binding import BoundLayout
@@ -37,7 +38,7 @@ class Refined(NamedTuple):
 
     Attributes:
         scores: float32 (float64 for float64 scores) (B, H, R, K), -inf where the layout allows nothing.
-        counts: int32 (1 or B, 1, R), what each row keeps of its allowed keys, the best first.
+        counts: int32 (1 or B, 1 or H, R), what each row keeps of its allowed keys, the best first.
         allowed: bool (1 or B, 1, R, K).
     """
 
@@ -81,6 +82,7 @@ def refine(
     kv_len: int | Tensor | None = None,
     unit: str = "logit",
     magnitude: Tensor | None = None,
+    budget: Mass | None = None,
 ) -> Refined:
     """Put Stem's value magnitude into rows of scores, and say how many keys each row keeps.
 
@@ -100,12 +102,16 @@ def refine(
         unit: "logit": scores are logarithms of attention up to a constant, and the weighted magnitude is added.
             "mass": they are attention, and are multiplied by its exponential, which leaves 0 and +inf as they are.
         magnitude: :func:`key_magnitude` of v, computed once for all strips. None: computed here.
+        budget: of what the decay leaves, a row keeps only the keys whose own share of attention exceeds
+            ``budget.threshold``, at least ``floor`` and at most ``cap`` of them. The share is the score itself
+            (``unit="mass"``) or the softmax of the row's scores ("logit"), without the magnitude. With ``mu=1`` it
+            alone decides what is saved, and spends it on the rows that need it.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected, what came, and the fix.
     """
     config = check_config(config)
-    _check(scores, v, keep, size, unit)
+    _check(scores, v, keep, size, unit, budget)
     if isinstance(layout, BoundLayout):
         bound = layout
     else:
@@ -120,12 +126,22 @@ def refine(
         )
     counts = decayed_budget(bound.position, bound.prompt_blocks, config, keep=keep)[:, None]
     scores = scores.detach() if scores.dtype == torch.float64 else scores.detach().float()
+    allowed = bound.allowed()
+    if budget is not None:
+        counts = torch.minimum(counts, _by_mass(scores, allowed, budget, unit))
     if config.value_weight:
         given = key_magnitude(v, config, bound, heads=scores.shape[1]) if magnitude is None else magnitude
         bonus = config.value_weight * given[:, :, None].to(scores.dtype)
         scores = scores + bonus if unit == "logit" else scores * bonus.exp()
-    allowed = bound.allowed()
     return Refined(scores.masked_fill(~allowed, -math.inf), counts, allowed)
+
+
+def _by_mass(scores: Tensor, allowed: Tensor, budget: Mass, unit: str) -> Tensor:
+    """Keys of each row whose share of attention exceeds the budget's threshold, (B, H, R)."""
+    shares = scores.masked_fill(~allowed, -math.inf)
+    if unit == "logit":
+        shares = shares.softmax(-1).nan_to_num(0.0)  # NaN where a row is allowed nothing
+    return (shares > budget.threshold).sum(-1, dtype=torch.int32).clamp(min=budget.floor, max=budget.cap)
 
 
 def bind_rows(
@@ -264,7 +280,7 @@ def _standardised(largest: Tensor, count: Tensor, group: int) -> Tensor:
     return z * ((count > 0) & (number >= 2))
 
 
-def _check(scores: Tensor, v: Tensor, keep: int, size: tuple[int, int], unit: str) -> None:
+def _check(scores: Tensor, v: Tensor, keep: int, size: tuple[int, int], unit: str, budget: Mass | None) -> None:
     for name, x in (("scores", scores), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -285,3 +301,5 @@ def _check(scores: Tensor, v: Tensor, keep: int, size: tuple[int, int], unit: st
         raise ValueError(f"scores must have a multiple or a divisor of v's {kv_heads} heads, got {heads}")
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {UNITS}, got {unit!r}")
+    if budget is not None and type(budget) is not Mass:
+        raise TypeError(f"budget must be a stem_flex.budget.Mass or None, got {type(budget).__name__}")

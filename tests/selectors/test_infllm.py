@@ -9,6 +9,7 @@ import torch
 
 from stem_flex import StemConfig, reference
 from stem_flex.attention import sparse_prefill
+from stem_flex.budget import Mass
 from stem_flex.plumbing.classes import over_tokens
 from stem_flex.plumbing.tables import block_classes, block_mask_mod
 from stem_flex.reference.refined import infllm_keep
@@ -32,6 +33,15 @@ def test_blocks_equal_loops(name, length, make_qkv):
     expected = infllm_keep(q, k, v, CONFIGS[name], **keywords(SIZES))
     assert torch.equal(found.dense(), expected)
     assert torch.equal(found.kept, expected.sum(-1, dtype=torch.int32))
+
+
+def test_a_mass_budget_equals_loops(make_qkv):
+    """Blocks whose own mass exceeds the threshold: rows keep fewer or more than a decay would leave them."""
+    q, k, v = make_qkv(2, 4, 2, 130, 8, dtype=torch.float64)
+    found = infllm_blocks(q * 3, k, v, CONFIGS["stem"], sizes=SIZES, budget=Mass(0.6, cap=None))
+    expected = infllm_keep(q * 3, k, v, CONFIGS["stem"], **keywords(SIZES), threshold=0.6)
+    assert torch.equal(found.dense(), expected)
+    assert len(found.kept[0, 0, 100:].unique()) > 1
 
 
 def test_the_published_sizes_equal_loops(make_qkv):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stem_flex import StemConfig, layout, tpd_budget
+from stem_flex.budget import Mass, Peak
 from stem_flex.reference import refined as reference
 from stem_flex.score import value_magnitude
 from stem_flex.select import top_blocks
@@ -191,3 +192,27 @@ def test_layouts_without_intervals_are_refused():
     mine = layout.from_mask_mod(lambda b, h, q, kv: q >= kv, 1, 1, 20, 20)
     with pytest.raises(ValueError, match="one interval of keys"):
         refine(torch.randn(1, 2, 20, 20), torch.randn(1, 2, 20, 8), keep=4, layout=mine)
+
+
+@pytest.mark.parametrize("unit", ["logit", "mass"])
+def test_a_mass_budget_keeps_shares_above_its_threshold(unit, make_qkv):
+    """Row by row: what the decay leaves, of it the keys whose own share exceeds the threshold, floor and cap active."""
+    _, _, v = make_qkv(2, 2, 1, 70, 8)
+    scores = torch.randn(2, 2, 70, 70) * 2
+    scores = scores if unit == "logit" else scores.sigmoid() / 10
+    config, rule = replace(PAPER, mu=0.5, value_weight=0.3), Mass(0.05, floor=3, cap=9)
+    found = refine(scores, v, config, keep=12, unit=unit, budget=rule)
+    ranked = refine(scores, v, config, keep=12, unit=unit)
+    assert torch.equal(found.scores, ranked.scores)
+    for row in range(70):
+        seen = scores[:, :, row, : row + 1].double()
+        shares = seen.softmax(-1) if unit == "logit" else seen
+        wanted = (shares > 0.05).sum(-1).clamp(3, 9).clamp(max=reference.decayed(row, 70, 12, config))
+        assert torch.equal(found.counts[:, :, row].long(), wanted)
+        assert torch.equal(found.keep(12)[:, :, row].sum(-1), wanted.clamp(max=row + 1))
+
+
+def test_a_mass_budget_is_no_other_rule(make_qkv):
+    _, _, v = make_qkv(1, 1, 1, 8, 8)
+    with pytest.raises(TypeError, match=r"budget must be a stem_flex\.budget\.Mass or None, got Peak"):
+        refine(torch.randn(1, 1, 8, 8), v, PAPER, keep=4, budget=Peak(0.5))
