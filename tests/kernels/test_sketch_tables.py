@@ -38,9 +38,16 @@ STRUCTURES = {
 
 
 @devices
-@pytest.mark.parametrize("coarse", [None, (1, 1)])
 @pytest.mark.parametrize(
-    ("structure", "mu"), [("causal", 1.0), ("causal", 0.5), ("chunk", 1.0), ("padding", 0.5), ("documents", 1.0)]
+    ("structure", "mu", "coarse"),
+    [
+        ("causal", 1.0, None),
+        ("causal", 0.5, (1, 1)),
+        ("chunk", 1.0, None),
+        ("padding", 0.5, None),
+        ("padding", 1.0, (1, 1)),
+        ("documents", 1.0, None),
+    ],
 )
 def test_streamed_tables_keep_what_scores_and_selection_keep(device, structure, mu, coarse, make_qkv, monkeypatch):
     """Chunks of 16 rows, floor and cap active: blocks as from the same scores by the rule, in PyTorch."""
