@@ -216,7 +216,8 @@ def _corrected_prefill(q, k, v, block_mask, scale, score_mod, backend, return_ls
     means.refuse_correction(block_mask, score_mod, _needs_grad(q, k, v, score_mod))
     if not q.is_cuda:
         more = means.behind(q, k, v, block_mask)
-        return _sparse_prefill(q, more.k, more.v, more.mask, scale, more.score_mod, backend, return_lse, options)
+        given = scale, more.score_mod, backend, return_lse, options
+        return _sparse_prefill(q, more.k, more.v, more.mask, *given, each_size=True)
     out, lse = _sparse_prefill(q, k, v, block_mask, scale, None, backend, True, options)
     more = means.alone(q, k, v, block_mask)
     other, other_lse = _sparse_prefill(q, more.k, more.v, more.mask, scale, None, "triton", True, None)
@@ -235,7 +236,9 @@ def _sparse_prefill(
     backend: str,
     return_lse: bool,
     options: dict | None,
+    each_size: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """``each_size``: compile anew for each, since the C++ template mistakes sizes of means' tables for the keys'."""
     check_qkv(q, k, v)
     refuse_transforms(q, k, v)
     check_mask_of(q, k, block_mask)
@@ -273,7 +276,7 @@ def _sparse_prefill(
     kind = (*kind, size, *(mod.code for mod in mods), scale, *sorted(merged.items()))
     numbers = tuple(mod.numbers for mod in mods) if any(mod.fixed for mod in mods) else None
     # IS_DIVISIBLE tells TRITON's kernel what a fixed length would; dynamic=True would leave floats open
-    dynamic = True if name == "triton" and numbers is None else None
+    dynamic = True if name == "triton" and numbers is None else False if each_size else None
     return compiled(_flex, kind, dynamic, numbers)(q, k, v, block_mask, size, scale, score_mod, return_lse, merged)
 
 

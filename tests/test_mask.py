@@ -153,7 +153,14 @@ FIELDS = [
     {"routing": "sketch"},
 ]
 MASS = {"routing": "sketch", "budget": "mass", "sketch": (2, 4, 1, 4), "threshold": 0.3, "cap": 6, "mu": 1.0}
-MASS_FIELDS = [{"budget": "peak"}, {"sketch": (0, 2, 0, 2)}, {"threshold": 0.1}, {"floor": 4}, {"cap": 1}]
+MASS_FIELDS = [
+    {"budget": "peak"},
+    {"sketch": (0, 2, 0, 2)},
+    {"threshold": 0.1},
+    {"floor": 4},
+    {"cap": 1},
+    {"coarse": (0, 0)},
+]
 
 
 @pytest.mark.parametrize("change", FIELDS + MASS_FIELDS, ids=lambda change: next(iter(change)))

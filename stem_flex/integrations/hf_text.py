@@ -19,7 +19,7 @@ def documents_of(text: Any, tokenizer: Any) -> list[Tensor]:
             if tokenizer is None:
                 raise ValueError("tokenizer must be given for text that is strings; or give tokens")
             part = tokenizer(part, add_special_tokens=False, verbose=False).input_ids
-        tokens = torch.as_tensor(part)
+        tokens = torch.as_tensor(part, device="cpu")
         if tokens.dim() != 1 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise TypeError(
                 f"text must be strings or int tensors (tokens,), got {tokens.dtype} of shape {tuple(tokens.shape)}"
@@ -46,4 +46,4 @@ def windows_of(documents: list[Tensor], length: int, count: int, front: list[int
             "text, fewer windows or shorter lengths"
         )
     chosen = [parts[i * len(parts) // count] for i in range(count)]
-    return [torch.cat([torch.tensor(front, dtype=torch.long), part])[None] for part in chosen]
+    return [torch.cat([torch.tensor(front, dtype=torch.long, device="cpu"), part])[None] for part in chosen]

@@ -26,7 +26,7 @@ def compiled(
 
     TorchDynamo counts recompilations by code object. A copy of the code for each kind leaves its limit to what
     varies within a kind. ``dynamic=None``: the first length compiles for itself, the second for all others; True:
-    the first for all.
+    the first for all; False: each for itself.
 
     Raises:
         RuntimeError: a kind met too many values of ``constants``; or, when called, the recompile limit was met, where
@@ -47,7 +47,8 @@ def _compiled(f: types.FunctionType, kind: Hashable, dynamic: bool | None, const
                 "of which is compiled into code of its own; pass what changes in tensors"
             )
         name += f"{next(_number)}_"
-    run, fixed_sizes = torch.compile(_copy(f, name), fullgraph=True, dynamic=dynamic), None
+    run = torch.compile(_copy(f, name), fullgraph=True, dynamic=dynamic)
+    fixed_sizes = run if dynamic is False else None
 
     @functools.wraps(f)
     def call(*args):

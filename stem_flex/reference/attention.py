@@ -131,16 +131,16 @@ def mean_corrected_attention(
     q_block, k_block = pair(block_size)
     groups, queries, keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     q, k, v = q.double(), k.double().repeat_interleave(groups, 1), v.double().repeat_interleave(groups, 1)
-    row = torch.arange(queries) // q_block
+    row = torch.arange(queries, device=q.device) // q_block
     seen = mask & keep[:, :, row].repeat_interleave(k_block, -1)[..., :keys]
-    bias = torch.zeros(keys, dtype=torch.float64)
+    bias = torch.zeros(keys, dtype=torch.float64, device=q.device)
     for block in range(keys // k_block):
         tokens = slice(block * k_block, (block + 1) * k_block)
         dropped = mask[..., tokens].all(-1) & ~keep[:, :, row, block]
         seen = torch.cat([seen, dropped[..., None]], -1)
         k = torch.cat([k, k[:, :, tokens].mean(2, keepdim=True)], 2)
         v = torch.cat([v, v[:, :, tokens].mean(2, keepdim=True)], 2)
-        bias = torch.cat([bias, torch.full((1,), math.log(k_block), dtype=torch.float64)])
+        bias = torch.cat([bias, torch.full((1,), math.log(k_block), dtype=torch.float64, device=q.device)])
     return masked_attention(q, k, v, seen, scale=scale, score_mod=lambda score, b, h, i, j: score + bias[j])
 
 

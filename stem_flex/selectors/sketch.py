@@ -225,7 +225,8 @@ def _proposed(score: Tensor, bound: BoundLayout, config: StemConfig, part: slice
     """The blocks that coarse scores (B, Hq, I, Kb) propose to look at more closely."""
     rule = Mass(config.threshold, config.floor, config.cap)
     levels, most = rule.levels(bound, config), rule.proposed(bound)
-    level = torch.full((1, 1, 1), rule.threshold, device=score.device) if levels is None else levels[:, :, part]
+    level = torch.full((1, 1, 1), rule.threshold, dtype=score.dtype, device=score.device)
+    level = level if levels is None else levels[:, :, part]
     lowest = level[..., None].to(score.dtype) / SLACK
     for _ in range(math.ceil(math.log2(2 * SLACK / rule.threshold)) + 1):  # no score exceeds 2
         crowded = (score > lowest).sum(-1, keepdim=True) > most
