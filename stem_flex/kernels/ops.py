@@ -124,7 +124,7 @@ def _tables(
         flats, stats = _pooled(q, k, v, key_start, key_end, query_start, query_end, sizes, metric, value_weight, plan)
         workspace = torch.empty(size, dtype=torch.float32, device=q.device)
         for chunk in chunks:
-            row_stride = -(-chunk.width // 16) * 16
+            row_stride = _scores.aligned(chunk.width)
             head_stride = chunk.height * row_stride
             _scores.score_rows(
                 flats, stats, rows, None, (0, 0, 0), workspace, chunk, head_stride, row_stride, sizes, plan,

@@ -61,32 +61,44 @@ def workspace_bytes(heads: int, k_blocks: int) -> int:
     return min(MOST_WORKSPACE_BYTES, max(WORKSPACE_BYTES, 4 * heads * ROWS * k_blocks))
 
 
-@lru_cache(maxsize=4096)
-def chunks(
-    heads: int, q_blocks: int, k_blocks: int, block_q: int, block_k: int, causal_offset: int | None, workspace: int
-) -> tuple[tuple[Chunk, ...], int]:
-    """Cut the rows into chunks under ``workspace`` bytes. Returns (chunks, elements of the workspace).
+def aligned(width: int) -> int:
+    """Elements from one row of ``width`` to the next, for aligned loads."""
+    return -(-width // 16) * 16
 
-    Rows lie round_up(width, 16) apart, for aligned loads. Chunks hold at least 16 rows, and multiples of 16 (of 128
-    from 128 on, the GEMM's tile) except the last.
+
+@lru_cache(maxsize=4096)
+def cut(
+    q_blocks: int, k_blocks: int, block_q: int, block_k: int, causal_offset: int | None, bytes_a_row: int,
+    bytes_a_column: int, workspace: int,
+) -> tuple[Chunk, ...]:  # fmt: skip
+    """Chunks of rows of at most ``workspace`` bytes.
+
+    A row takes ``bytes_a_row``, and ``bytes_a_column`` for each key block that the chunk's rows can reach, `aligned`.
+    Chunks hold at least 16 rows, and multiples of 16 (of 128 from 128 on, the GEMM's tile) except the last.
     """
-    cut: list[Chunk] = []
-    size = 0
+    found: list[Chunk] = []
     row = 0
     while row < q_blocks:
         count = q_blocks - row
         while True:
             width = _reach(row + count, k_blocks, block_q, block_k, causal_offset)
-            row_bytes = heads * -(-width // 16) * 16 * 4
-            fit = workspace // row_bytes
+            fit = workspace // (bytes_a_row + bytes_a_column * aligned(width))
             if count <= max(16, fit):
                 break
             fit = max(16, fit // 16 * 16)
             count = fit // 128 * 128 if fit >= 128 else fit
-        cut.append(Chunk(row, count, width))
-        size = max(size, row_bytes // 4 * count)
+        found.append(Chunk(row, count, width))
         row += count
-    return tuple(cut), size
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def chunks(
+    heads: int, q_blocks: int, k_blocks: int, block_q: int, block_k: int, causal_offset: int | None, workspace: int
+) -> tuple[tuple[Chunk, ...], int]:
+    """Cut the rows of float32 scores of ``heads`` into chunks. Returns (chunks, elements of the workspace)."""
+    found = cut(q_blocks, k_blocks, block_q, block_k, causal_offset, 0, 4 * heads, workspace)
+    return found, max((heads * chunk.height * aligned(chunk.width) for chunk in found), default=0)
 
 
 @triton.jit

@@ -13,18 +13,15 @@ its P' and R':
     logs      4 * B*Hq*count * capacity*P      with a coarse sketch only
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from stem_flex.kernels import sketch_mass
 from stem_flex.kernels.launch import Plan
-from stem_flex.kernels.scores import Chunk, _reach
+from stem_flex.kernels.scores import Chunk, aligned, cut
 from stem_flex.kernels.sketch_fine import Fine, decide
 from stem_flex.kernels.sketch_mass import Sizes, Sketch
 from stem_flex.kernels.sketch_proxies import Plane, proxies
-from stem_flex.kernels.sketch_sums import sums_stride
 
 WORKSPACE_BYTES = 128 * 2**20
 """Bytes that grow with a chunk's rows, unless ROWS rows of every head need more."""
@@ -38,29 +35,6 @@ ROWS = 64  # tuning: every chunk reads all key proxies again, from memory where 
 def limits() -> tuple[int, int, int]:
     """The constants that chunks are cut by."""
     return WORKSPACE_BYTES, MOST_WORKSPACE_BYTES, ROWS
-
-
-@lru_cache(maxsize=4096)
-def cut(
-    sizes: Sizes, bytes_a_row: int, bytes_a_column: int, causal_offset: int | None, workspace: int
-) -> tuple[Chunk, ...]:
-    """Chunks of at most ``workspace`` bytes or 16 rows, of multiples of 16 rows but the last.
-
-    A row takes ``bytes_a_row`` and, for each key block that the chunk's rows can reach, ``bytes_a_column``.
-    """
-    chunks: list[Chunk] = []
-    row = 0
-    while row < sizes.q_blocks:
-        count = sizes.q_blocks - row
-        while True:
-            width = _reach(row + count, sizes.k_blocks, sizes.block_q, sizes.block_k, causal_offset)
-            fit = workspace // (bytes_a_row + bytes_a_column * sums_stride(width))
-            if count <= max(16, fit):
-                break
-            count = max(16, fit // 16 * 16)
-        chunks.append(Chunk(row, count, width))
-        row += count
-    return tuple(chunks)
 
 
 class Chunks:
@@ -127,8 +101,10 @@ class Chunks:
         sizes, summed = self.sketches[0], self.sketches[-1]
         column = sizes.heads * sum(summed.sketch[:2]) * (4 if item_size == 4 else 2)
         row = 4 * sizes.heads * self.capacity * (1 + sum(sizes.sketch[:2]))
-        most = ROWS * (row + column * sums_stride(sizes.k_blocks))
-        return cut(sizes, row, column, causal_offset, max(WORKSPACE_BYTES, min(MOST_WORKSPACE_BYTES, most)))
+        most = ROWS * (row + column * aligned(sizes.k_blocks))
+        workspace = max(WORKSPACE_BYTES, min(MOST_WORKSPACE_BYTES, most))
+        blocks = sizes.q_blocks, sizes.k_blocks, sizes.block_q, sizes.block_k
+        return cut(*blocks, causal_offset, row, column, workspace)
 
     def _empty(self, like: Tensor, planes: list[Plane]) -> list[Tensor]:
         sizes = [like.shape[0] * plane.heads * plane.stride_h for plane in planes]

@@ -34,9 +34,9 @@ from torch import Tensor
 from stem_flex.budget import SLACK
 from stem_flex.kernels.launch import Plan, launch
 from stem_flex.kernels.pool import INTERPRETED, _valid_range
-from stem_flex.kernels.scores import Chunk
+from stem_flex.kernels.scores import Chunk, aligned
 from stem_flex.kernels.sketch_mass import Sizes, _normal, _weights, broadcast_strides
-from stem_flex.kernels.sketch_sums import _log_stood_for, sums_stride
+from stem_flex.kernels.sketch_sums import _log_stood_for
 
 # Tuning: blocks of a product, scores listed at a time, warps, stages.
 TILE = 32
@@ -252,7 +252,7 @@ def decide(
     args = (
         queries, keys, sums, tops, rows, classes, key_start, key_end, query_start, query_end, scores, listed, logs,
         levels, counts, 0.0 if levels is not None else threshold, sizes.q_blocks, sizes.q_len, sizes.k_len, chunk.row,
-        chunk.height, chunk.width, sums_stride(chunk.width), tiles,
+        chunk.height, chunk.width, aligned(chunk.width), tiles,
         sizes.heads * chunk.height * sum(coarse.sketch[:2]) * tiles, head_stride, row_stride,
         rows.stride(0) if rows.shape[0] > 1 else 0, *broadcast_strides(classes), *broadcast_strides(levels),
         sizes.keys.stride_p, scale,

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from stem_flex.kernels.launch import Plan, launch
 from stem_flex.kernels.pool import _valid_range
-from stem_flex.kernels.scores import Chunk
+from stem_flex.kernels.scores import Chunk, aligned
 from stem_flex.kernels.sketch_proxies import Plane, key_plane, query_plane
-from stem_flex.kernels.sketch_sums import Tile, sum_tiles, sums_stride, tile_of
+from stem_flex.kernels.sketch_sums import Tile, sum_tiles, tile_of
 
 KEY_BLOCKS_PER_WARP = 64  # tuning: few warps a program, for a warp reduces over its rows without a barrier
 
@@ -176,7 +176,7 @@ class Room(NamedTuple):
 def room_for(sizes: Sizes, cut: tuple[Chunk, ...], like: Tensor) -> Room:
     """Room for any of the chunks, of inputs as ``like``."""
     rows = sizes.heads * sum(sizes.sketch[:2])
-    sums = max((rows * chunk.height * sums_stride(chunk.width) for chunk in cut), default=0)
+    sums = max((rows * chunk.height * aligned(chunk.width) for chunk in cut), default=0)
     tops = max((2 * rows * chunk.height * -(-chunk.width // sizes.tile.block_j) for chunk in cut), default=0)
     kind = torch.float16 if like.element_size() == 2 else torch.float32
     return Room(
@@ -204,7 +204,8 @@ def score_rows(
     """Score one chunk into float32 ``out``: rows ``row_stride`` elements apart, heads (of B*Hq) ``head_stride``.
 
     Args:
-        queries: proxies of the chunk's rows, as `Sizes.queries` lays them out; keys: of `key_proxies`.
+        queries: proxies of the chunk's rows, as `Sizes.queries` lays them out; keys: of all key blocks,
+            as `Sizes.keys` does.
         room: sums and tops, for this chunk or larger ones.
         restrictions: classes (int8, last stride 1), key_start, key_end, query_start, query_end, each may be None.
         full: write every pair of the chunk, -inf where the layout does not allow it; else only the allowed pairs.
@@ -224,7 +225,7 @@ def score_rows(
     args = (
         room.sums, room.tops, rows, classes, query_start, query_end, out, levels, counts,
         0.0 if levels is not None else threshold, sizes.q_blocks, sizes.q_len, chunk.row, chunk.height, chunk.width,
-        sizes.k_blocks, sums_stride(chunk.width), tiles, sizes.heads * chunk.height * per_row * tiles, head_stride,
+        sizes.k_blocks, aligned(chunk.width), tiles, sizes.heads * chunk.height * per_row * tiles, head_stride,
         row_stride, rows.stride(0) if rows.shape[0] > 1 else 0, *class_strides, *broadcast_strides(levels),
     )  # fmt: skip
     launch(_read_kernel, sizes.heads * chunk.height, args, _read_meta(sizes, full), plan, ("masses", chunk.row))

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from stem_flex.kernels.launch import Plan, launch
 from stem_flex.kernels.pool import INTERPRETED, _valid_range
-from stem_flex.kernels.scores import Chunk
+from stem_flex.kernels.scores import Chunk, aligned
 from stem_flex.kernels.sketch_proxies import Plane
 
 
@@ -254,7 +254,7 @@ def sum_tiles(
 
     Args:
         queries: proxies of the chunk's rows; keys: of all key blocks; ``planes``: how (query, key) proxies lie.
-        sums: at least B*Hq*chunk.height*P rows of ``sums_stride(chunk.width)``; tops: 2 planes of as many rows of
+        sums: at least B*Hq*chunk.height*P rows of ``aligned(chunk.width)``; tops: 2 planes of as many rows of
             `tiles_of`.
         restrictions: classes, key_start, key_end.
     """
@@ -265,14 +265,9 @@ def sum_tiles(
     tiles = -(-chunk.width // tile.block_j)
     args = (
         queries, keys, sums, tops, rows, classes, key_start, key_end, key_plane.blocks, key_plane.length, chunk.row,
-        chunk.height, chunk.width, sums_stride(chunk.width), tiles, batch * query_plane.heads * proxies * tiles,
+        chunk.height, chunk.width, aligned(chunk.width), tiles, batch * query_plane.heads * proxies * tiles,
         rows.stride(0) if rows.shape[0] > 1 else 0, *class_strides, key_plane.stride_p, scale,
     )  # fmt: skip
     programs = batch * query_plane.heads * -(-proxies // tile.block_m) * -(-tiles // tile.span)
     launch(_sums_kernel, programs, args, meta, plan, ("sums", chunk.row))
     launch(_sums_kernel, programs, args, edge_meta, plan, ("edges", chunk.row))
-
-
-def sums_stride(width: int) -> int:
-    """Elements from one row of sums to the next: aligned, for ``width`` key blocks."""
-    return -(-width // 16) * 16

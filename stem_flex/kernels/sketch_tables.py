@@ -11,6 +11,7 @@ from stem_flex.kernels import sketch_mass
 from stem_flex.kernels.launch import plan_of
 from stem_flex.kernels.ops import _LIBRARY as LIBRARY
 from stem_flex.kernels.ops import _check_span, _guard, _plain, _register, _strides
+from stem_flex.kernels.scores import aligned
 from stem_flex.kernels.select import empty_tables, select_rows
 from stem_flex.kernels.sketch_chunks import Chunks, limits
 from stem_flex.kernels.sketch_ops import check
@@ -43,7 +44,7 @@ def _tables(
             q, k, rows, restrictions, sizes, coarse, capacity, threshold if levels is None else levels, causal_offset,
             plan,
         )  # fmt: skip
-        strides = [-(-chunk.width // 16) * 16 for chunk in chunks.cut]
+        strides = [aligned(chunk.width) for chunk in chunks.cut]
         most = max(sizes.heads * chunk.height * stride for chunk, stride in zip(chunks.cut, strides, strict=True))
         workspace = torch.empty(most, dtype=torch.float32, device=q.device)
         for chunk, row_stride in zip(chunks.cut, strides, strict=True):
