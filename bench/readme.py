@@ -105,8 +105,7 @@ def reading(result: dict[str, Any]) -> str:
     samples = result["rows"][0]["samples"]
     return (
         f"Summaries, code completion, few-shot learning and questions on {short(result['length'])} tokens of documents "
-        f"of Python's packages, by {result['model']}: `{where['command']}` on {where['gpu'] or 'a CPU'}, "
-        f"torch {where['torch']}, commit {where['commit']}; {samples} prompts a cell, in brackets what "
+        f"of Python's packages, by {result['model']}: {_run(where)}; {samples} prompts a cell, in brackets what "
         f"they differ from dense attention's, with the 95 % bootstrap interval.\n\n" + _table(columns, rows)
     )
 
@@ -137,6 +136,11 @@ def _heading(result: dict[str, Any], what: str) -> str:
         f"{options['kv_heads']} key heads of {options['dim']}, {options['dtype']}, causal, "
         f"{options['config']} budget, torch {where['torch']}, commit {where['commit']}.\n\n"
     )
+
+
+def _run(where: dict[str, Any]) -> str:
+    """The command of an environment, where it ran, and on which versions."""
+    return f"`{where['command']}` on {where['gpu'] or 'a CPU'}, torch {where['torch']}, commit {where['commit']}"
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> str:
@@ -217,7 +221,7 @@ def accuracy(result: dict[str, Any]) -> str:
     asked = " to ".join(str(count) for count in sorted({counts[0], counts[-1]}))
     return (
         f"Answers that the shipped 15 M model finds in {short(where['length'])}-token prompts, by density: "
-        f"`{where['command']}` on {where['gpu'] or 'a CPU'}, torch {where['torch']}, commit {where['commit']}; "
+        f"{_run(where)}; "
         f'{asked} prompts a cell, 95 % Wilson intervals. "prompt": the prompt\'s rows are sparse, the answer is '
         f'decoded densely; "all": every row is sparse; "text": nats a token added on unseen text.\n\n'
         + _table(["selector", *heads], rows)
@@ -232,10 +236,8 @@ def thresholds(result: dict[str, Any]) -> str:
 
     where = result["environment"]
     return (
-        f"Budgets of estimated mass on the shipped model: `{where['command']}` on {where['gpu'] or 'a CPU'}, torch "
-        f"{where['torch']}, commit {where['commit']}; 95 % intervals, of text of the paired difference.\n\n"
-        + "\n".join(table(result["rows"]))
-        + "\n"
+        f"Budgets of estimated mass on the shipped model: {_run(where)}; 95 % intervals, of text of the "
+        "paired difference.\n\n" + "\n".join(table(result["rows"])) + "\n"
     )
 
 
@@ -245,8 +247,8 @@ def selectors(result: dict[str, Any]) -> str:
 
     where = result["environment"]
     return (
-        f"Published selectors at their own settings in the same kernels: `{where['command']}` on "
-        f"{where['gpu'] or 'a CPU'}, torch {where['torch']}, commit {where['commit']}. {_compared(result)}\n\n"
+        f"Published selectors at their own settings in the same kernels: {_run(where)}. "
+        f"{_compared(result)}\n\n"
         + _table(*native_table(result))
         + "\nAt equal densities: [bench/RESULTS.md](bench/RESULTS.md).\n\n"
         + "![selectors](bench/results/compare.png)\n"
@@ -292,8 +294,8 @@ def speeds(result: dict[str, Any]) -> str:
     ]
     return (
         f"Selection and attention by {result['speed'][0]['backend'].upper()}, median ms, one layer of "
-        f"{speed_words(result)}: `{where['command']}` on {where['gpu'] or 'a CPU'}, torch {where['torch']}, commit "
-        f"{where['commit']}. native: at its own settings; count: {result['environment']['density']:.0%} of the blocks, "
+        f"{speed_words(result)}: {_run(where)}. native: at its own settings; count: "
+        f"{result['environment']['density']:.0%} of the blocks, "
         "the same number for every row.\n\n"
         + _table(["selector", "settings", "selection", "attention", "density"], rows)
     )
@@ -305,8 +307,7 @@ def refine(result: dict[str, Any]) -> str:
 
     where = result["environment"]
     return (
-        f"Stem on trained sparsity, stood in for on the shipped model: `{where['command']}` on "
-        f"{where['gpu'] or 'a CPU'}, torch {where['torch']}, commit {where['commit']}; layers at "
+        f"Stem on trained sparsity, stood in for on the shipped model: {_run(where)}; layers at "
         f"{short(result['length'])} tokens, {result['seeds']} prompts; the whole model at "
         f"{short(result['deep_length'])}, {result['deep_seeds']} prompts. Relative errors against dense attention; "
         f"ratios to a uniform cut of the same size are paired by prompt, with 95 % bootstrap intervals.\n\n"

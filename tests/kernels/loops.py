@@ -189,3 +189,22 @@ def masked(scores: Tensor, rows: Tensor, classes: Tensor | None = None) -> Tenso
     if classes is not None:
         allowed = allowed & (classes > 0)
     return out.masked_fill(~allowed, -math.inf)
+
+
+def assert_scores(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Scores (0 to 2) within ``tolerance`` of the definition's, and -inf in the same places."""
+    allowed = ~expected.isneginf()
+    assert got.dtype == torch.float32
+    assert torch.equal(~got.isneginf(), allowed)
+    assert not got.isnan().any()
+    assert (got.double() - expected)[allowed].abs().max() <= tolerance
+
+
+def assert_nearly_all_scores(got: Tensor, expected: Tensor, dtype: torch.dtype, share: float) -> None:
+    """At most ``share`` of the rows are off by more than what ``dtype`` rounds: a token may be outlying by that."""
+    allowed = ~expected.isneginf()
+    assert torch.equal(~got.isneginf(), allowed)
+    off = torch.where(allowed, got - expected, 0).abs().amax(-1) / expected.amax(-1).clamp(min=1e-9)
+    assert off.isfinite().all()
+    tolerance = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    assert (off > tolerance).float().mean() <= share
