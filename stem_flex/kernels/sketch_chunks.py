@@ -10,7 +10,7 @@ its P' and R':
     sums      f * B*Hq*count * P*width         of the coarse sketch, where there is one
     tops      8 * B*Hq*count * P*width / BLOCK_J
     listed    4 * B*Hq*count * capacity        with a coarse sketch only
-    logs      4 * B*Hq*count * capacity*P      with a coarse sketch only
+    found     f * B*Hq*count * capacity*P      with a coarse sketch only, and 4 bytes more a tile of its blocks
 """
 
 import torch
@@ -19,17 +19,17 @@ from torch import Tensor
 from stem_flex.kernels import sketch_mass
 from stem_flex.kernels.launch import Plan
 from stem_flex.kernels.scores import Chunk, aligned, cut
-from stem_flex.kernels.sketch_fine import Fine, decide
+from stem_flex.kernels.sketch_fine import Fine, decide, tiles
 from stem_flex.kernels.sketch_mass import Sizes, Sketch
 from stem_flex.kernels.sketch_proxies import Plane, proxies
 
-WORKSPACE_BYTES = 128 * 2**20
+WORKSPACE_BYTES = 192 * 2**20
 """Bytes that grow with a chunk's rows, unless ROWS rows of every head need more."""
 
 MOST_WORKSPACE_BYTES = 512 * 2**20
 """Most such bytes (more only if 16 rows of every head need more)."""
 
-ROWS = 64  # tuning: every chunk reads all key proxies again, from memory where they do not fit L2
+ROWS = 128  # tuning: every chunk reads all key proxies again, from memory where they do not fit L2
 
 
 def limits() -> tuple[int, int, int]:
@@ -68,7 +68,10 @@ class Chunks:
         self.room = sketch_mass.room_for(self.sketches[-1], self.cut, q)
         listed = sizes.heads * height * self.capacity
         self.listed = torch.empty(listed, dtype=torch.int32, device=q.device)
-        self.logs = torch.empty(listed * sum(sizes.sketch[:2]), dtype=torch.float32, device=q.device)
+        lists = listed * sum(sizes.sketch[:2])
+        self.found_sums = torch.empty(lists, dtype=self.room[0].dtype, device=q.device)
+        lists = sizes.heads * height * tiles(self.capacity) * sum(sizes.sketch[:2])
+        self.found_tops = torch.empty(lists, dtype=torch.float32, device=q.device)
         _, key_start, key_end, _, _ = restrictions
         planes = [each.keys for each in self.sketches]
         self._make(k, key_start, key_end, self.keys, planes, 0, sizes.k_blocks, "keys")
@@ -93,14 +96,17 @@ class Chunks:
         )  # fmt: skip
         if self.capacity:
             decide(
-                self.queries[0], self.keys[0], *self.room, self.rows, self.restrictions, out, self.listed, self.logs,
-                *places, Fine(*self.sketches, self.capacity), self.plan, counts=counts, threshold=self.threshold,
+                self.queries[0], self.keys[0], *self.room, self.rows, self.restrictions, out, self.listed,
+                self.found_sums, self.found_tops, *places, Fine(*self.sketches, self.capacity), self.plan,
+                counts=counts, threshold=self.threshold,
             )  # fmt: skip
 
     def _cut(self, item_size: int, causal_offset: int | None) -> tuple[Chunk, ...]:
         sizes, summed = self.sketches[0], self.sketches[-1]
-        column = sizes.heads * sum(summed.sketch[:2]) * (4 if item_size == 4 else 2)
-        row = 4 * sizes.heads * self.capacity * (1 + sum(sizes.sketch[:2]))
+        item = 4 if item_size == 4 else 2
+        column = sizes.heads * sum(summed.sketch[:2]) * item
+        found = sum(sizes.sketch[:2]) * (item * self.capacity + 4 * tiles(self.capacity))
+        row = sizes.heads * (4 * self.capacity + found)
         most = ROWS * (row + column * aligned(sizes.k_blocks))
         workspace = max(WORKSPACE_BYTES, min(MOST_WORKSPACE_BYTES, most))
         blocks = sizes.q_blocks, sizes.k_blocks, sizes.block_q, sizes.block_k

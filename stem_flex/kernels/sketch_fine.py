@@ -16,10 +16,12 @@ second. Scores of proposed pairs are overwritten, the others stay coarse.
 
 One program a query block, in three passes: over the row's scores, listing what is proposed; over the list, a tile of
 blocks at a time, each proxy number of the keys gathered and multiplied in one product; over the list again, from L to
-scores. L and the list lie in global memory, `Fine.capacity` a row, and are read back by the program that wrote them.
+scores. The list, `Fine.capacity` a row, and L, as sums against the largest logit of their tile as in `sketch_sums`, lie
+in global memory and are read back by the program that wrote them. A program is one warp: it waits for its gathers,
+and many of them fit a multiprocessor.
 
 Model, a head, with C proposed blocks a row of P x R proxies: ``2*D*P_UP*R * C*Qb`` operations, ``P*R * C*Qb`` exp2,
-``R*D*e * C*Qb`` bytes of keys from L2 and ``16*P * C*Qb`` of L and coarse sums. 128K tokens, 32 heads, D=128, 24 x 12,
+``R*D*e * C*Qb`` bytes of keys from L2 and ``4*P * C*Qb`` of L and coarse sums. 128K tokens, 32 heads, D=128, 24 x 12,
 C = 40: 0.13 TFLOP, 4 GB from L2 (~1 ms), against 1.24 TFLOP for every pair.
 """
 
@@ -40,9 +42,9 @@ from stem_flex.kernels.sketch_sums import _log_stood_for
 
 # Tuning: blocks of a product, scores listed at a time, warps, stages.
 TILE = 32
-SCAN = 512
-WARPS = 4
-STAGES = 3
+SCAN = 256
+WARPS = 1
+STAGES = 2
 
 
 class Fine(NamedTuple):
@@ -51,6 +53,11 @@ class Fine(NamedTuple):
     sizes: Sizes
     coarse: Sizes
     capacity: int
+
+
+def tiles(capacity: int) -> int:
+    """Tiles of the list of a row, at most."""
+    return -(-capacity // TILE)
 
 
 @triton.jit
@@ -77,47 +84,57 @@ def _propose(
 
 @triton.jit
 def _sums(
-    q, keys, plane, j, real, real_low, real_high, scale, OUTLIERS: tl.constexpr, MEANS: tl.constexpr,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    q, keys, plane, j, real_low, real_high, scale, OUTLIERS: tl.constexpr, MEANS: tl.constexpr, BLOCK: tl.constexpr,
+    LOG_TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """(sums, top): of every query proxy, sums * exp2(top) over the proxies of each of the key blocks ``j``."""
     top = tl.full((q.shape[0],), -1.0e30, tl.float32)
     sums = tl.zeros((q.shape[0], j.shape[0]), dtype=tl.float32)
     d = tl.arange(0, WIDTH)
+    edge = (tl.min(j, axis=0) * BLOCK < real_low) | ((tl.max(j, axis=0) + 1) * BLOCK > real_high)
     for p in range(0, OUTLIERS + MEANS):
-        k = tl.load(keys + p * plane + j[:, None] * WIDTH + d[None, :], mask=real[:, None], other=0.0)
+        k = tl.load(keys + p * plane + j[:, None] * WIDTH + d[None, :])
         if UPCAST:  # the interpreter's dot product takes bfloat16 for integers
             k = k.to(tl.float32)
-        log_tokens = _log_stood_for(p, j, real_low, real_high, OUTLIERS, MEANS, BLOCK)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + log_tokens[None, :]
-        s = tl.where(real[None, :], s, float("-inf"))
-        higher = tl.maximum(top, tl.max(s, axis=1))
-        sums = sums * tl.exp2(top - higher)[:, None] + tl.exp2(s - higher[:, None])
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        log_tokens = tl.where(p < OUTLIERS, 0.0, LOG_TOKENS)
+        if edge:
+            stood_for = _log_stood_for(p, j, real_low, real_high, OUTLIERS, MEANS, BLOCK)
+            s += ((stood_for - log_tokens) / scale)[None, :]
+        higher = tl.maximum(top, tl.max(s, axis=1) * scale + log_tokens)
+        sums = sums * tl.exp2(top - higher)[:, None] + tl.exp2(s * scale + (log_tokens - higher)[:, None])
         top = higher
     return sums, top
 
 
 @triton.jit
-def _coarse_mass(sums, tops, at, sums_stride, tops_stride, normal, j, real, in_p, BLOCK_J: tl.constexpr):
-    """Coarse mass of every query proxy's stand-in on the key blocks ``j``."""
-    mask = in_p[:, None] & real[None, :]
+def _coarse_mass(sums, tops, at, sums_stride, tops_stride, normal, j, real, exists, BLOCK_J: tl.constexpr):
+    """Coarse mass of every proxy of the coarse sketch on the key blocks ``j``."""
+    mask = exists[:, None] & real[None, :]
     value = tl.load(sums + (at * sums_stride)[:, None] + j[None, :], mask=mask, other=0.0).to(tl.float32)
     top = tl.load(tops + (at * tops_stride)[:, None] + (j // BLOCK_J)[None, :], mask=mask, other=-1.0e30)
     return value * tl.exp2(top - normal[:, None])
+
+
+@triton.jit
+def _of_stand_in(x, p, a, COARSE: tl.constexpr):
+    """For every query proxy ``p`` its stand-in's element of ``x``, one for each proxy ``a`` of the coarse sketch."""
+    return tl.sum(tl.where(tl.minimum(p, COARSE)[:, None] == a[None, :], x[None, :], 0.0), axis=1)
 
 
 @triton.jit(
     do_not_specialize=["q_blocks", "q_len", "k_len", "row", "count", "width", "tops_stride", "tops_plane", "least"]
 )
 def _fine_kernel(
-    queries, keys, sums, tops, rows, classes, key_start, key_end, query_start, query_end, scores, listed, logs,
-    threshold, counts, least, q_blocks, q_len, k_len, row, count, width, sums_stride, tops_stride, tops_plane,
-    scores_stride_h, scores_stride_r, rows_stride_b, class_stride_b, class_stride_h, class_stride_r, least_stride_b,
-    least_stride_h, least_stride_r, plane, scale,
+    queries, keys, sums, tops, rows, classes, key_start, key_end, query_start, query_end, scores, listed, found_sums,
+    found_tops, threshold, counts, least, q_blocks, q_len, k_len, row, count, width, sums_stride, tops_stride,
+    tops_plane, scores_stride_h, scores_stride_r, rows_stride_b, class_stride_b, class_stride_h, class_stride_r,
+    least_stride_b, least_stride_h, least_stride_r, plane, scale,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, P_UP: tl.constexpr,
-    OUTLIERS: tl.constexpr, K_OUTLIERS: tl.constexpr, K_MEANS: tl.constexpr, COARSE: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, TILES: tl.constexpr, CAPACITY: tl.constexpr,
-    SLACK: tl.constexpr, SCAN: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    OUTLIERS: tl.constexpr, K_OUTLIERS: tl.constexpr, K_MEANS: tl.constexpr, COARSE: tl.constexpr, A_UP: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, LOG_TOKENS: tl.constexpr, BLOCK_J: tl.constexpr, TILES: tl.constexpr,
+    CAPACITY: tl.constexpr, SLACK: tl.constexpr, SCAN: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """(b, kv head) slowest, then rows, last first, then the heads of the group: they gather from the same keys."""
     GROUP: tl.constexpr = Q_HEADS // KV_HEADS
@@ -154,34 +171,40 @@ def _fine_kernel(
                 mask=in_p[:, None], other=0.0)  # fmt: skip
     if UPCAST:
         q = q.to(tl.float32)
-    at = of_row * (COARSE + 1) + tl.minimum(p, COARSE)
+    a = tl.arange(0, A_UP)
+    exists = a <= COARSE
+    at = of_row * (COARSE + 1) + tl.minimum(a, COARSE)
     first = low // BLOCK_J
     last = tl.where(high > low, tl.cdiv(high, BLOCK_J), first)
-    coarse_normal = _normal(tops + tops_plane + at * tops_stride, in_p, first, last, P_UP, TILES)
+    normal = _normal(tops + tops_plane + at * tops_stride, exists, first, last, A_UP, TILES)
     keys += bkv.to(tl.int64) * (K_OUTLIERS + K_MEANS) * plane
-    logs += of_row * (P * CAPACITY)
-    seen = tl.zeros((P_UP,), dtype=tl.float32)
+    found_sums += of_row * (P * CAPACITY)
+    found_tops += of_row * (P * tl.cdiv(CAPACITY, TILE))
+    seen = tl.zeros((A_UP,), dtype=tl.float32)
     top = tl.full((P_UP,), -1.0e30, tl.float32)
     total = tl.zeros((P_UP,), dtype=tl.float32)
     for start in range(0, found, TILE):
         c = start + tl.arange(0, TILE)
         real = c < found
-        j = tl.load(listed + c, mask=real, other=0)
-        fine, fine_top = _sums(q, keys, plane, j, real, real_low, real_high, scale, K_OUTLIERS, K_MEANS, BLOCK, WIDTH,
-                               PRECISION, UPCAST)  # fmt: skip
-        log = tl.where(fine > 0, tl.log2(tl.where(fine > 0, fine, 1.0)) + fine_top[:, None], float("-inf"))
-        tl.store(logs + p[:, None] * CAPACITY + c[None, :], log, mask=in_p[:, None] & real[None, :])
+        j = tl.load(listed + tl.minimum(c, found - 1))  # past the end the last block, again
+        fine, fine_top = _sums(q, keys, plane, j, real_low, real_high, scale, K_OUTLIERS, K_MEANS, BLOCK, LOG_TOKENS,
+                               WIDTH, PRECISION, UPCAST)  # fmt: skip
+        fine = tl.where(real[None, :], fine, 0.0)
+        tl.store(found_sums + p[:, None] * CAPACITY + c[None, :], fine.to(found_sums.dtype.element_ty),
+                 mask=in_p[:, None] & real[None, :])  # fmt: skip
+        tl.store(found_tops + start // TILE * P + p, fine_top, mask=in_p)
         higher = tl.maximum(top, fine_top)
         total = total * tl.exp2(top - higher) + tl.sum(fine, axis=1) * tl.exp2(fine_top - higher)
         top = higher
-        coarse = _coarse_mass(sums, tops, at, sums_stride, tops_stride, coarse_normal, j, real, in_p, BLOCK_J)
-        seen += tl.sum(coarse, axis=1)
+        seen += tl.sum(_coarse_mass(sums, tops, at, sums_stride, tops_stride, normal, j, real, exists, BLOCK_J), axis=1)
     tl.debug_barrier()
 
     # where next to nothing was left unseen, what 1 - seen leaves of it is rounding: then ``seen`` is the larger share
     own = top + tl.log2(tl.where(total > 0, total, 1.0))
-    unseen = tl.maximum(1.0 - seen, 1.0e-30)
-    share = tl.maximum(1.0 / (1.0 + tl.exp2(tl.minimum(coarse_normal + tl.log2(unseen) - own, 126.0))), seen)
+    unseen = normal + tl.log2(tl.maximum(1.0 - seen, 1.0e-30))
+    seen = _of_stand_in(seen, p, a, COARSE)
+    unseen = _of_stand_in(unseen, p, a, COARSE)
+    share = tl.maximum(1.0 / (1.0 + tl.exp2(tl.minimum(unseen - own, 126.0))), seen)
     normal = own - tl.log2(tl.where(share > 0, share, 1.0))
     weight = _weights(p, i.to(tl.int32), query_low, query_high, P, OUTLIERS, BLOCK_Q)
     part = weight / tl.maximum(tl.sum(weight, axis=0), 1.0)
@@ -190,9 +213,10 @@ def _fine_kernel(
         c = start + tl.arange(0, TILE)
         real = c < found
         j = tl.load(listed + c, mask=real, other=0)
-        log = tl.load(logs + p[:, None] * CAPACITY + c[None, :], mask=(weight > 0)[:, None] & real[None, :],
-                      other=float("-inf"))  # fmt: skip
-        mass = tl.exp2(log - normal[:, None])
+        fine = tl.load(found_sums + p[:, None] * CAPACITY + c[None, :], mask=(weight > 0)[:, None] & real[None, :],
+                       other=0.0)  # fmt: skip
+        fine_top = tl.load(found_tops + start // TILE * P + p, mask=weight > 0, other=-1.0e30)
+        mass = fine.to(tl.float32) * tl.exp2(fine_top - normal)[:, None]
         score = tl.sum(mass * part[:, None], axis=0) + tl.max(mass, axis=0)
         tl.store(scores + j, score, mask=real)
         kept += tl.sum((real & (score > least)).to(tl.int32), axis=0)
@@ -208,9 +232,11 @@ def _fine_meta(fine: Fine, item_size: int) -> tuple[float, dict[str, object]]:
     return log2(exp(1)) / sqrt(sizes.head_dim), dict(
         Q_HEADS=sizes.q_heads, KV_HEADS=sizes.kv_heads, WIDTH=sizes.keys.width, P=proxies,
         P_UP=max(16, triton.next_power_of_2(proxies)), OUTLIERS=sizes.sketch.query_outliers, K_OUTLIERS=key_outliers,
-        K_MEANS=key_means, COARSE=fine.coarse.sketch.query_outliers, BLOCK_Q=sizes.block_q, BLOCK=sizes.block_k,
-        BLOCK_J=sizes.tile.block_j, TILES=16, CAPACITY=fine.capacity, SLACK=SLACK, SCAN=SCAN, TILE=TILE,
-        PRECISION="ieee" if item_size == 4 else "tf32", UPCAST=INTERPRETED, num_warps=WARPS, num_stages=STAGES,
+        K_MEANS=key_means, COARSE=fine.coarse.sketch.query_outliers,
+        A_UP=triton.next_power_of_2(fine.coarse.sketch.query_outliers + 1), BLOCK_Q=sizes.block_q, BLOCK=sizes.block_k,
+        LOG_TOKENS=log2(sizes.block_k / key_means), BLOCK_J=sizes.tile.block_j, TILES=16, CAPACITY=fine.capacity,
+        SLACK=SLACK, SCAN=SCAN, TILE=TILE, PRECISION="ieee" if item_size == 4 else "tf32", UPCAST=INTERPRETED,
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
 
 
@@ -223,7 +249,8 @@ def decide(
     restrictions: tuple[Tensor | None, ...],
     scores: Tensor,
     listed: Tensor,
-    logs: Tensor,
+    found_sums: Tensor,
+    found_tops: Tensor,
     chunk: Chunk,
     head_stride: int,
     row_stride: int,
@@ -240,7 +267,8 @@ def decide(
         sums, tops: of the coarse sketch, as `sketch_mass.score_rows` left them for this chunk.
         restrictions: classes (int8, last stride 1), key_start, key_end, query_start, query_end, each may be None.
         scores: float32, the chunk's coarse scores, rows ``row_stride`` elements apart, heads ``head_stride``.
-        listed: int32, ``fine.capacity`` a row of the chunk; logs: float32, as many for each query proxy.
+        listed: int32, ``fine.capacity`` a row of the chunk.
+        found_sums: ``sums``' dtype, as many for each query proxy; found_tops: float32, `tiles` of them as many.
         counts: int32 (B, Hq, Qb), contiguous, or None: gets how many pairs of each row score above the threshold.
         threshold: a number, or a float32 tensor of three dimensions that broadcasts to (B, Hq, Qb).
     """
@@ -248,12 +276,12 @@ def decide(
     sizes, coarse = fine.sizes, fine.coarse
     classes, key_start, key_end, query_start, query_end = restrictions
     levels = threshold if isinstance(threshold, Tensor) else None
-    tiles = -(-chunk.width // sizes.tile.block_j)
+    columns = -(-chunk.width // sizes.tile.block_j)
     args = (
-        queries, keys, sums, tops, rows, classes, key_start, key_end, query_start, query_end, scores, listed, logs,
-        levels, counts, 0.0 if levels is not None else threshold, sizes.q_blocks, sizes.q_len, sizes.k_len, chunk.row,
-        chunk.height, chunk.width, aligned(chunk.width), tiles,
-        sizes.heads * chunk.height * sum(coarse.sketch[:2]) * tiles, head_stride, row_stride,
+        queries, keys, sums, tops, rows, classes, key_start, key_end, query_start, query_end, scores, listed,
+        found_sums, found_tops, levels, counts, 0.0 if levels is not None else threshold, sizes.q_blocks, sizes.q_len,
+        sizes.k_len, chunk.row, chunk.height, chunk.width, aligned(chunk.width), columns,
+        sizes.heads * chunk.height * sum(coarse.sketch[:2]) * columns, head_stride, row_stride,
         rows.stride(0) if rows.shape[0] > 1 else 0, *broadcast_strides(classes), *broadcast_strides(levels),
         sizes.keys.stride_p, scale,
     )  # fmt: skip

@@ -27,7 +27,7 @@ from stem_flex.kernels.launch import Plan, launch
 from stem_flex.kernels.pool import _locate, _valid_range
 
 # Tuning: elements of a block that a thread holds.
-ELEMENTS_PER_THREAD = 64
+ELEMENTS_PER_THREAD = 128
 MOST_WARPS = 16
 
 MOST_BLOCK = 512

@@ -47,8 +47,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Two programs of eight warps a multiprocessor: one's products run beside the other's exponentials.
-HALF_TILE = Tile(128, 64, 128, 4, 8, 3)
+# Several programs of four warps a multiprocessor: one's products run beside another's exponentials.
+HALF_TILE = Tile(64, 64, 128, 4, 4, 3)
 WIDE_TILE = Tile(64, 64, 256, 4, 4, 2)  # heads of more than 128 dims
 FLOAT_TILE = Tile(64, 64, 32, 4, 4, 2)  # no tensor cores
 
