@@ -30,10 +30,11 @@ import argparse
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,10 +44,10 @@ from . import attend, models, refine_report, report, ruler, tasks
 from .refine_methods import Inputs, fit_indexers, future_of, logits_of, methods
 from .refine_policies import STRIP, Method, Policy, best_shares, chosen, equal_cuts, strips, threshold_for, tokens
 
-FIT_SEED, FIT_STEPS, FIT_PROMPTS = 27_000, 200, 4
+FIT_SEED, FIT_STEPS, FIT_PROMPTS = 27_000, 200, 16  # prompts are for thresholds
 FLOOR = {"dsa": 0.7, "infllm": 0.0}  # of "keep"; forced blocks are kept anyway
 SAVE = {"dsa": 0.15, "infllm": 0.18}
-MARGIN = 0.005  # more than the decay saves, as prompts differ
+MARGIN = 0.015  # more than that on the text that thresholds are found on: prompts differ by several percent
 
 
 Sizes = dict[tuple[str, str], float]  # by method and policy: pairs kept by a head and layer, their mean
@@ -113,9 +114,9 @@ def attention_shares(model: Any, ids: Tensor, found: list[Method], every: int, f
 def add_mass(model: Any, prompts: list[Tensor], found: list[Method], every: int) -> dict[str, dict[str, float]]:
     """Give every method the policy "mass", whose threshold saves of ``prompts`` what :data:`SAVE` says; its settings.
 
-    Strips of the prompts are sampled like the measured ones', each prompt other ones, 8 of a prompt at least.
+    Strips of the prompts are sampled like the measured ones', each prompt other ones, 4 of a prompt at least.
     """
-    every = max(1, min(every, prompts[0].shape[1] // (8 * STRIP)))
+    every = max(1, min(every, prompts[0].shape[1] // (4 * STRIP)))
     shares: dict[str, list[Tensor]] = {method.name: [] for method in found}
     rows = []
     for number, ids in enumerate(prompts):
@@ -136,6 +137,9 @@ def add_mass(model: Any, prompts: list[Tensor], found: list[Method], every: int)
     return settings
 
 
+DEEP_STRIP = 512  # rows at a time
+
+
 @dataclass
 class Cut:
     """Every layer attends to what a policy keeps; ``kept`` counts its pairs, of a head's mean."""
@@ -147,7 +151,7 @@ class Cut:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         length, out = q.shape[2], torch.empty_like(q)
         values = v[0].repeat_interleave(q.shape[1] // k.shape[1], 0)
-        for rows in strips(length, 1, 0):
+        for rows in strips(length, 1, 0, size=DEEP_STRIP):
             logits = logits_of(q, k, rows, scale)
             scores = self.method.scores(layer, q, k, logits, rows, scale)
             keep = chosen(self.method, self.policy, scores, v, rows, length)
@@ -193,6 +197,13 @@ def deep_errors(model: Any, ids: Tensor, found: list[Method]) -> tuple[dict[tupl
     return results, sizes
 
 
+def split(corpus: ruler.Corpus, parts: int = 64) -> tuple[ruler.Corpus, ruler.Corpus]:
+    """The text for fitting, every fourth of ``parts`` pieces, and the text for measuring, the others."""
+    pieces = np.array_split(corpus.tokens, parts)
+    fitting, measuring = ([x for i, x in enumerate(pieces) if (i % 4 == 0) == fits] for fits in (True, False))
+    return replace(corpus, tokens=np.concatenate(fitting)), replace(corpus, tokens=np.concatenate(measuring))
+
+
 def prompt_ids(corpus: ruler.Corpus, seed: int, length: int) -> Tensor:
     """Text with hidden statements and a question for even seeds, plain text for odd ones; (1, length)."""
     if seed % 2:
@@ -216,8 +227,9 @@ def collect(model: Any, corpus: ruler.Corpus, options: argparse.Namespace) -> tu
     inputs = Inputs(model)
     raw: dict[str, Any] = {"layer": {}, "quarters": {}, "deep": {}, "pairs layer": {}, "pairs deep": {}}
     start = time.perf_counter()
+    fitting, measuring = split(corpus)
     lengths = {options.length, options.deep_length}
-    ready = {length: prepare(model, corpus, inputs, length, options) for length in lengths}
+    ready = {length: prepare(model, fitting, inputs, length, options) for length in lengths}
     extra = {f"{name} {length}": value for length in ready for name, value in ready[length][1].items()}
     print(f"fitted: {time.perf_counter() - start:.0f} s", flush=True)
     for part, length, seeds in (
@@ -227,7 +239,7 @@ def collect(model: Any, corpus: ruler.Corpus, options: argparse.Namespace) -> tu
         start = time.perf_counter()
         here = ready[length][0]
         for seed in range(seeds):
-            ids = prompt_ids(corpus, seed, length)
+            ids = prompt_ids(measuring, seed, length)
             if part == "layer":
                 sizes = _note_layers(raw, model, ids, here, options.every, seed % options.every)
             else:
