@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from bench import attend, refine, refine_methods, refine_policies, refine_report
+from bench import attend, refine, refine_methods, refine_policies, refine_report, ruler, tasks
 from stem_flex.budget import Mass
 from stem_flex.selectors.refine import decayed_budget
 
@@ -102,6 +103,14 @@ def test_the_threshold_found_saves_what_is_wanted_of_its_text(name, make_qkv):
     assert 1 - kept / native == pytest.approx(wanted, abs=0.005)
     with pytest.raises(ValueError, match="floor must leave"):
         refine_policies.threshold_for(shares, candidates, method.keep, wanted)
+
+
+def test_text_for_fitting_is_not_measured():
+    corpus = ruler.Corpus(np.arange(1000), np.zeros(1000, bool), lambda text: [0], tasks.Frame(()), 0)
+    fitting, measuring = (part.tokens for part in refine.split(corpus, parts=9))
+    assert not set(fitting) & set(measuring)
+    assert len(fitting) + len(measuring) == 1000
+    assert len(fitting) == pytest.approx(333, abs=2)
 
 
 class OneLayer(torch.nn.Module):
