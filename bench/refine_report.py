@@ -70,7 +70,8 @@ def markdown(rows: list[dict[str, Any]], header: dict[str, Any]) -> str:
         f"Output error of Stem on trained sparsity: layers at {report.short(header['length'])} tokens, "
         f"{header['seeds']} prompts; the whole model at {report.short(header['deep_length'])}, {header['deep_seeds']} "
         "prompts. Relative L2 errors against dense attention; in "
-        "brackets 95 % bootstrap intervals of the ratio to the uniform cut, paired by prompt.",
+        "brackets 95 % bootstrap intervals of the ratio to the uniform cut of the same size, paired by prompt. Two "
+        "savings: of the layers' prompts and of the whole model's.",
         "",
     ]
     columns, cells = errors_table(rows)
