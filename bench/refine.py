@@ -47,7 +47,7 @@ from .refine_policies import STRIP, Method, Policy, best_shares, chosen, equal_c
 FIT_SEED, FIT_STEPS, FIT_PROMPTS = 27_000, 200, 16  # prompts are for thresholds
 FLOOR = {"dsa": 0.7, "infllm": 0.0}  # of "keep"; forced blocks are kept anyway
 SAVE = {"dsa": 0.15, "infllm": 0.18}
-MARGIN = 0.015  # more than that on the text that thresholds are found on: prompts differ by several percent
+MARGIN = 0.02  # more than that on the text that thresholds are found on: single prompts differ by several percent
 
 
 Sizes = dict[tuple[str, str], float]  # by method and policy: pairs kept by a head and layer, their mean
