@@ -13,12 +13,15 @@ Two trained selections, stood in for on the shipped model, which has neither:
 
 ``keep`` is scaled with the length, as 2048 tokens and 96 blocks (33 of them local) are to 32K. Compared at equal
 numbers of computed pairs: Stem's decay, with and without value magnitude (OAM), and a uniform cut, the same for every
-row. "native" is the uncut method. Errors are relative L2 errors against dense attention:
+row. "mass" keeps the keys whose own share of attention exceeds a threshold (``refine(..., budget=Mass(...))``), one for
+all layers, heads and rows, found on other text than is measured; what it saves depends on the prompt, so "uniform=mass"
+keeps the same number of pairs of each prompt. "native" is the uncut method. Errors are relative L2 errors against dense
+attention:
 
 - layer: of one layer's attention output on the dense model's q, k, v; of every eighth 64 rows.
 - deep: of the last hidden states with every layer sparse, and the KL divergence of the next-token distributions.
 
-Intervals are bootstraps over seeds (one prompt each); ratios to the uniform cut are paired by prompt.
+Intervals are bootstraps over seeds (one prompt each); ratios to the uniform cut of the same size are paired by prompt.
 """
 
 from __future__ import annotations
@@ -27,273 +30,146 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from stem_flex.config import StemConfig
-from stem_flex.selectors.infllm import InfLLM, block_attention, compressed_keys
-from stem_flex.selectors.refine import best, decayed_budget, refine
+from stem_flex.budget import Mass
 
 from . import attend, models, refine_report, report, ruler, tasks
+from .refine_methods import Inputs, fit_indexers, future_of, logits_of, methods
+from .refine_policies import STRIP, Method, Policy, best_shares, chosen, equal_cuts, strips, threshold_for, tokens
 
-PLAIN = StemConfig(schedule="paper", mu=1.0, value_weight=0.0)
-WEIGHTS = {"+oam": ("zscore", 0.2), "+oam log": ("log", 0.2)}
-MU = {"dsa": 0.7, "infllm": 0.62}
-STRIP = 64  # rows at a time
-FIT_SEED, FIT_ROWS, FIT_STEPS = 27_000, 32, 200
-
-
-@dataclass
-class Policy:
-    """How many keys each row keeps, and by which scores."""
-
-    name: str
-    counts: Tensor
-    config: StemConfig
+FIT_SEED, FIT_STEPS, FIT_PROMPTS = 27_000, 200, 16  # prompts are for thresholds
+FLOOR = {"dsa": 0.7, "infllm": 0.0}  # of "keep"; forced blocks are kept anyway
+SAVE = {"dsa": 0.15, "infllm": 0.18}
+MARGIN = 0.02  # more than that on the text that thresholds are found on: single prompts differ by several percent
 
 
-@dataclass
-class Method:
-    """A selection: ``scores(layer, logits, rows)`` of a strip, and the policies that use them."""
-
-    name: str
-    unit: str
-    key_size: int
-    keep: int
-    floor: int
-    policies: list[Policy]
-    scores: Callable[..., Tensor]
-    savings: dict[str, float] = field(default_factory=dict)
-
-
-def uniform_counts(counts: Tensor, candidates: Tensor) -> Tensor:
-    """One number for every row, with the same sum of min(number, candidates) as ``counts``: fractions are spread."""
-    target = torch.minimum(counts, candidates).sum().item()
-    low, high = 0.0, float(counts.max())
-    for _ in range(60):
-        middle = (low + high) / 2
-        total = candidates.clamp(max=middle).double().sum().item() if middle else 0
-        low, high = (middle, high) if total < target else (low, middle)
-    wanted = torch.minimum(candidates.double(), torch.tensor(high, dtype=torch.float64))
-    return wanted.cumsum(0).round().diff(prepend=torch.zeros(1, dtype=torch.float64)).clamp(min=1).int()
-
-
-def policies(name: str, length: int, keep: int, key_size: int, floor: int) -> tuple[list[Policy], dict[str, float]]:
-    """native, uniform, and decays, the cut ones at the same number of pairs; what each saves."""
-    position = torch.arange(length) // key_size
-    candidates = (position + 1).int()
-    stem = replace(PLAIN, mu=MU[name])
-    decay = decayed_budget(position, torch.full_like(position, -(-length // key_size)), stem, keep=keep)
-    decay = decay.clamp(min=floor)
-    uniform = uniform_counts(decay, candidates)
-    native = torch.full_like(decay, keep)
-    found = [Policy("native", native, PLAIN), Policy("uniform", uniform, PLAIN), Policy("decay", decay, PLAIN)]
-    for suffix, (metric, weight) in WEIGHTS.items():
-        weighted = replace(PLAIN, metric=metric, value_weight=weight)
-        found.append(Policy(f"decay{suffix}", decay, weighted))
-    found.append(Policy("uniform+oam", uniform, replace(PLAIN, metric="zscore", value_weight=0.2)))
-    all_pairs = torch.minimum(native, candidates).sum().item()
-    savings = {p.name: 1 - torch.minimum(p.counts, candidates).sum().item() / all_pairs for p in found}
-    return found, savings
-
-
-class Inputs:
-    """Keeps every layer's input, which the indexer's weights read."""
-
-    def __init__(self, model: Any):
-        self.of: dict[int, Tensor] = {}
-        for layer, block in enumerate(model.model.layers):
-            block.self_attn.register_forward_pre_hook(self._keeper(layer), with_kwargs=True)
-
-    def _keeper(self, layer: int) -> Callable:
-        def keep(module, args, kwargs):
-            self.of[layer] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-
-        return keep
-
-
-def logits_of(q: Tensor, k: Tensor, rows: slice, scale: float) -> Tensor:
-    """float32 (Hq, rows, keys up to the last row), not masked; one batch row."""
-    group = q.shape[1] // k.shape[1]
-    keys = k[0, :, : rows.stop].float().repeat_interleave(group, 0)
-    return q[0, :, rows].float() @ keys.mT * scale
-
-
-def fit_indexers(model: Any, ids: Tensor, inputs: Inputs, steps: int) -> dict[int, dict[str, Any]]:
-    """Weights of the indexer of every layer, and the divergence they leave, in nats."""
-    found: dict[int, dict[str, Any]] = {}
-
-    def fit(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        with torch.inference_mode(False), torch.enable_grad():
-            found[layer] = _fit(q.clone(), k.clone(), inputs.of[layer].clone(), scale, steps)
-        return attend.Dense()(layer, q, k, v, scale)
-
-    with torch.inference_mode(), attend.attending(fit):
-        model.model(ids.to(model.device), use_cache=False)
-    return found
-
-
-def _fit(q: Tensor, k: Tensor, x: Tensor, scale: float, steps: int) -> dict[str, Any]:
-    heads, length = q.shape[1], q.shape[2]
-    keys = k[0].float().repeat_interleave(heads // k.shape[1], 0)
-    key = torch.arange(length, device=q.device)
-    weight = torch.zeros(x.shape[-1], heads, device=q.device, requires_grad=True)
-    constant = torch.full((heads,), 0.2, device=q.device, requires_grad=True)
-    optimizer = torch.optim.Adam([{"params": [weight], "lr": 1e-3}, {"params": [constant], "lr": 1e-2}])
-    rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
-    generator = torch.Generator().manual_seed(0)
-    last = []
-    for _ in range(steps):
-        rows = torch.randint(min(64, length // 2), length, (FIT_ROWS,), generator=generator).to(q.device)
-        logits = q[0, :, rows].float() @ keys.mT * scale
-        hidden = key > rows[:, None]
-        wanted = logits.masked_fill(hidden, -math.inf).softmax(-1).mean(0)
-        scores = torch.einsum("rh,hrn->rn", x[0, rows].float() @ weight + constant, logits.relu())
-        said = scores.masked_fill(hidden, -math.inf).log_softmax(-1).masked_fill(hidden, 0.0)
-        loss = (torch.special.xlogy(wanted, wanted) - wanted * said).sum(-1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([weight, constant], 1.0)
-        optimizer.step()
-        rate.step()
-        last.append(loss.item())
-    tail = last[-max(1, steps // 10) :]
-    return {"weight": weight.detach(), "constant": constant.detach(), "kl": sum(tail) / len(tail)}
-
-
-def methods(length: int, indexers: dict[int, dict[str, Any]], inputs: Inputs, device: Any) -> list[Method]:
-    """DSA with fitted and with random weights, and InfLLM-v2, at the budgets of this length."""
-    keep = max(16, length // 16)
-    random = {
-        layer: {
-            "weight": torch.zeros_like(found["weight"]),
-            "constant": torch.randn(found["constant"].shape, generator=torch.Generator().manual_seed(layer)).to(device),
-        }
-        for layer, found in indexers.items()
-    }
-
-    def lightning(parameters: dict[int, dict[str, Any]]) -> Callable:
-        def scores(layer: int, q: Tensor, k: Tensor, logits: Tensor, rows: slice, scale: float) -> Tensor:
-            x, own = inputs.of[layer][0, rows].float(), parameters[layer]
-            return torch.einsum("rh,hrn->rn", x @ own["weight"] + own["constant"], logits.relu())[None]
-
-        return scores
-
-    sizes = InfLLM(keep=max(4, length * 96 // 32768), local=max(2, length * 33 // 32768))
-
-    def blocks(layer: int, q: Tensor, k: Tensor, logits: Tensor, rows: slice, scale: float) -> Tensor:
-        means = compressed_keys(k[:, :, : rows.stop], sizes)
-        number = -(-rows.stop // sizes.block)
-        return block_attention(q[:, :, rows], means, number, sizes, q_offset=rows.start, scale=scale)[0]
-
-    found = []
-    for name, of in (("dsa", indexers), ("dsa unfitted", random)):
-        chosen, savings = policies("dsa", length, keep, 1, 0)
-        found.append(Method(name, "logit", 1, keep, 0, chosen, lightning(of), savings))
-    chosen, savings = policies("infllm", length, sizes.keep, sizes.block, sizes.forced)
-    found.append(Method("infllm", "mass", sizes.block, sizes.keep, sizes.forced, chosen, blocks, savings))
-    return found
-
-
-def kept(method: Method, policy: Policy, scores: Tensor, v: Tensor, rows: slice, length: int) -> Tensor:
-    """The tokens a policy keeps of a strip, bool (heads, rows, keys), causality left to the caller.
-
-    Values up to the strip's end count for z-scores, as in chunked prefill.
-    """
-    refined = refine(
-        scores[None],
-        v[:, :, : rows.stop],
-        policy.config,
-        keep=method.keep,
-        size=(1, method.key_size),
-        q_offset=rows.start,
-        prompt_len=length,
-        unit=method.unit,
-    )
-    counts = policy.counts[rows].to(scores.device)[None, None]
-    keep = best(refined.scores, refined.allowed, counts, method.keep)[0]
-    return keep.repeat_interleave(method.key_size, -1)[..., : rows.stop]
-
-
-def strips(length: int, every: int, first: int) -> Iterator[slice]:
-    """Rows of every ``every``-th strip."""
-    for start in range(first * STRIP, length, every * STRIP):
-        yield slice(start, min(length, start + STRIP))
+Sizes = dict[tuple[str, str], float]  # by method and policy: pairs kept by a head and layer, their mean
 
 
 def layer_errors(
     model: Any, ids: Tensor, found: list[Method], every: int, first: int
-) -> dict[tuple[str, str], list[list[float]]]:
-    """By method and policy, the squared error over the squared output of every layer: all sampled rows, then by
-    quarter of the prompt."""
+) -> tuple[dict[tuple[str, str], list[list[float]]], Sizes]:
+    """By method and policy, the relative error of every layer: of all sampled rows, then by quarter of the prompt.
+    And how many pairs of these rows were kept."""
     length = ids.shape[1]
-    results: dict[tuple[str, str], list[list[float]]] = {(m.name, p.name): [] for m in found for p in m.policies}
+    results: dict[tuple[str, str], list[Tensor]] = {(m.name, p.name): [] for m in found for p in m.policies}
+    pairs = {key: torch.zeros((), dtype=torch.float64, device=model.device) for key in results}
 
     def measure(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        group = q.shape[1] // k.shape[1]
-        values = v[0].float().repeat_interleave(group, 0)
+        values = v[0].float().repeat_interleave(q.shape[1] // k.shape[1], 0)
         energy = torch.zeros(4, device=q.device)
         errors = {key: torch.zeros(4, device=q.device) for key in results}
         for rows in strips(length, every, first):
             quarter = 4 * rows.start // length
             logits = logits_of(q, k, rows, scale)
-            future = (
-                torch.arange(rows.stop, device=q.device) > torch.arange(rows.start, rows.stop, device=q.device)[:, None]
-            )
-            mass = logits.masked_fill(future, -math.inf).softmax(-1)
+            mass = logits.masked_fill(future_of(rows, q.device), -math.inf).softmax(-1)
             dense = mass @ values[:, : rows.stop]
             energy[quarter] += dense.square().sum()
             for method in found:
                 scores = method.scores(layer, q, k, logits, rows, scale)
                 for policy in method.policies:
-                    keep = kept(method, policy, scores, v, rows, length)
-                    part = mass * keep.repeat_interleave(mass.shape[0] // keep.shape[0], 0)
+                    keep = chosen(method, policy, scores, v, rows, length)
+                    pairs[method.name, policy.name] += keep.sum() / keep.shape[0]
+                    part = mass * tokens(keep, method, q.shape[1], rows.stop)
                     out = part @ values[:, : rows.stop] / part.sum(-1, keepdim=True)
                     errors[method.name, policy.name][quarter] += (out - dense).square().sum()
         for key, error in errors.items():
-            parts = [error.sum() / energy.sum(), *(error / energy)]
-            results[key].append(torch.stack(parts).sqrt().tolist())
+            results[key].append(torch.cat([error.sum()[None] / energy.sum(), error / energy]).sqrt())
         return attend.Dense()(layer, q, k, v, scale)
 
     with torch.inference_mode(), attend.attending(measure):
         model.model(ids.to(model.device), use_cache=False)
-    return results
+    layers = len(model.model.layers)
+    sizes = {key: total.item() / layers for key, total in pairs.items()}
+    return {key: torch.stack(errors).tolist() for key, errors in results.items()}, sizes
+
+
+def attention_shares(model: Any, ids: Tensor, found: list[Method], every: int, first: int) -> dict[str, Tensor]:
+    """By method, :func:`best_shares` of every layer and head: (layers x heads, sampled rows, keep)."""
+    shares: dict[str, list[Tensor]] = {method.name: [] for method in found}
+
+    def record(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        parts: dict[str, list[Tensor]] = {method.name: [] for method in found}
+        for rows in strips(ids.shape[1], every, first):
+            logits = logits_of(q, k, rows, scale)
+            for method in found:
+                scores = method.scores(layer, q, k, logits, rows, scale)
+                parts[method.name].append(best_shares(method, scores, rows))
+        for name, part in parts.items():
+            shares[name].append(torch.cat(part, 1))
+        return attend.Dense()(layer, q, k, v, scale)
+
+    with torch.inference_mode(), attend.attending(record):
+        model.model(ids.to(model.device), use_cache=False)
+    return {name: torch.cat(part) for name, part in shares.items()}
+
+
+def add_mass(model: Any, prompts: list[Tensor], found: list[Method], every: int) -> dict[str, dict[str, float]]:
+    """Give every method the policy "mass", whose threshold saves of ``prompts`` what :data:`SAVE` says; its settings.
+
+    Strips of the prompts are sampled like the measured ones', each prompt other ones, 4 of a prompt at least.
+    """
+    every = max(1, min(every, prompts[0].shape[1] // (4 * STRIP)))
+    shares: dict[str, list[Tensor]] = {method.name: [] for method in found}
+    rows = []
+    for number, ids in enumerate(prompts):
+        first = number * every // len(prompts)
+        rows += [torch.arange(part.start, part.stop) for part in strips(ids.shape[1], every, first)]
+        for name, part in attention_shares(model, ids, found, every, first).items():
+            shares[name].append(part)
+    settings = {}
+    for method in found:
+        kind = method.name.split()[0]
+        candidates = torch.cat(rows).to(model.device) // method.key_size + 1
+        floor = max(method.floor, math.ceil(FLOOR[kind] * method.keep))
+        wanted = max(method.savings["decay"], SAVE[kind]) + MARGIN
+        threshold = threshold_for(torch.cat(shares[method.name], 1), candidates, floor, wanted)
+        native = method.policies[0]
+        method.policies.append(Policy("mass", native.counts, budget=Mass(threshold, floor=floor, cap=method.keep)))
+        settings[method.name] = {"threshold": threshold, "floor": floor, "wanted": wanted}
+    return settings
+
+
+DEEP_STRIP = 512  # rows at a time
 
 
 @dataclass
 class Cut:
-    """Every layer attends to what a policy keeps."""
+    """Every layer attends to what a policy keeps; ``kept`` counts its pairs, of a head's mean."""
 
     method: Method
     policy: Policy
+    kept: Tensor | float = 0.0
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         length, out = q.shape[2], torch.empty_like(q)
         values = v[0].repeat_interleave(q.shape[1] // k.shape[1], 0)
-        for rows in strips(length, 1, 0):
+        for rows in strips(length, 1, 0, size=DEEP_STRIP):
             logits = logits_of(q, k, rows, scale)
             scores = self.method.scores(layer, q, k, logits, rows, scale)
-            keep = kept(self.method, self.policy, scores, v, rows, length)
-            future = (
-                torch.arange(rows.stop, device=q.device) > torch.arange(rows.start, rows.stop, device=q.device)[:, None]
-            )
-            keep = keep.repeat_interleave(q.shape[1] // keep.shape[0], 0) & ~future
+            keep = chosen(self.method, self.policy, scores, v, rows, length)
+            self.kept = self.kept + keep.sum(dtype=torch.float64) / keep.shape[0]
+            keep = tokens(keep, self.method, q.shape[1], rows.stop) & ~future_of(rows, q.device)
             weights = logits.masked_fill_(~keep, -math.inf).softmax(-1).to(v.dtype)
             out[0, :, rows] = weights @ values[:, : rows.stop]
         return out
 
 
-DEEP = {"dsa": ("native", "uniform", "decay", "decay+oam"), "infllm": ("native", "uniform", "decay", "decay+oam")}
+DEEP = {name: ("native", "uniform", "decay", "decay+oam", "mass") for name in ("dsa", "infllm")}
 
 
-def deep_errors(model: Any, ids: Tensor, found: list[Method]) -> dict[tuple[str, str], dict[str, float]]:
-    """By method and policy: error of the last hidden states, of those of the last 128 tokens, and the divergence."""
-    results = {}
+def deep_errors(model: Any, ids: Tensor, found: list[Method]) -> tuple[dict[tuple[str, str], dict[str, float]], Sizes]:
+    """By method and policy: error of the last hidden states, of those of the last 128 tokens, and the divergence.
+    And how many pairs of all rows were kept."""
+    results: dict[tuple[str, str], dict[str, float]] = {}
+    sizes: Sizes = {}
 
     def states(policy: Any) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(), attend.attending(policy):
@@ -301,16 +177,31 @@ def deep_errors(model: Any, ids: Tensor, found: list[Method]) -> dict[tuple[str,
             return hidden.float(), model.lm_head(hidden[-1024:]).float().log_softmax(-1)
 
     hidden, said = states(attend.Dense())
+
+    def measure(method: Method, policy: Policy) -> None:
+        cut = Cut(method, policy)
+        states_of, other = states(cut)
+        tail = slice(-128, None)
+        results[method.name, policy.name] = {
+            "error": ((states_of - hidden).norm() / hidden.norm()).item(),
+            "tail_error": ((states_of[tail] - hidden[tail]).norm() / hidden[tail].norm()).item(),
+            "kl": (said.exp() * (said - other)).sum(-1).mean().item(),
+        }
+        sizes[method.name, policy.name] = float(cut.kept) / len(model.model.layers)
+
     for method in found:
-        for policy in [p for p in method.policies if p.name in DEEP.get(method.name, ())]:
-            cut, other = states(Cut(method, policy))
-            tail = slice(-128, None)
-            results[method.name, policy.name] = {
-                "error": ((cut - hidden).norm() / hidden.norm()).item(),
-                "tail_error": ((cut[tail] - hidden[tail]).norm() / hidden[tail].norm()).item(),
-                "kl": (said.exp() * (said - other)).sum(-1).mean().item(),
-            }
-    return results
+        for policy in method.named(DEEP.get(method.name, ())).policies:
+            measure(method, policy)
+    for method in equal_cuts(found, sizes, ids.shape[1], [slice(0, ids.shape[1])]):
+        measure(method, method.policies[0])
+    return results, sizes
+
+
+def split(corpus: ruler.Corpus, parts: int = 64) -> tuple[ruler.Corpus, ruler.Corpus]:
+    """The text for fitting, every fourth of ``parts`` pieces, and the text for measuring, the others."""
+    pieces = np.array_split(corpus.tokens, parts)
+    fitting, measuring = ([x for i, x in enumerate(pieces) if (i % 4 == 0) == fits] for fits in (True, False))
+    return replace(corpus, tokens=np.concatenate(fitting)), replace(corpus, tokens=np.concatenate(measuring))
 
 
 def prompt_ids(corpus: ruler.Corpus, seed: int, length: int) -> Tensor:
@@ -320,35 +211,57 @@ def prompt_ids(corpus: ruler.Corpus, seed: int, length: int) -> Tensor:
     return ruler.make_batch(corpus, ["multi_key"], [ruler.FIRST_SEED + seed], length, "all").ids
 
 
+def prepare(
+    model: Any, corpus: ruler.Corpus, inputs: Inputs, length: int, options: argparse.Namespace
+) -> tuple[list[Method], dict[str, Any]]:
+    """The methods at a length with all that is fitted: indexers, then thresholds on other text. And what was found."""
+    indexers = fit_indexers(model, prompt_ids(corpus, FIT_SEED + 1, length), inputs, options.fit_steps)
+    found = methods(length, indexers, inputs, model.device)
+    prompts = [prompt_ids(corpus, FIT_SEED + 2 + seed, length) for seed in range(FIT_PROMPTS)]
+    settings = add_mass(model, prompts, found, options.every)
+    return found, {"kl": [indexers[layer]["kl"] for layer in sorted(indexers)], "mass": settings}
+
+
 def collect(model: Any, corpus: ruler.Corpus, options: argparse.Namespace) -> tuple[dict, list[Method], dict]:
     """All measurements by seed."""
     inputs = Inputs(model)
-    raw: dict[str, Any] = {"layer": {}, "quarters": {}, "deep": {}}
-    extra: dict[str, Any] = {}
-    found: list[Method] = []
+    raw: dict[str, Any] = {"layer": {}, "quarters": {}, "deep": {}, "pairs layer": {}, "pairs deep": {}}
+    start = time.perf_counter()
+    fitting, measuring = split(corpus)
+    lengths = {options.length, options.deep_length}
+    ready = {length: prepare(model, fitting, inputs, length, options) for length in lengths}
+    extra = {f"{name} {length}": value for length in ready for name, value in ready[length][1].items()}
+    print(f"fitted: {time.perf_counter() - start:.0f} s", flush=True)
     for part, length, seeds in (
         ("layer", options.length, options.seeds),
         ("deep", options.deep_length, options.deep_seeds),
     ):
         start = time.perf_counter()
-        indexers = fit_indexers(model, prompt_ids(corpus, FIT_SEED + 1, length), inputs, options.fit_steps)
-        extra[f"kl {length}"] = [indexers[layer]["kl"] for layer in sorted(indexers)]
-        here = methods(length, indexers, inputs, model.device)
-        found = here if part == "layer" else found
+        here = ready[length][0]
         for seed in range(seeds):
-            ids = prompt_ids(corpus, seed, length)
+            ids = prompt_ids(measuring, seed, length)
             if part == "layer":
-                for key, layers in layer_errors(model, ids, here, options.every, seed % options.every).items():
-                    _note(
-                        raw["layer"], key, {"all": _root_mean(layers, 0)} | {str(i): x[0] for i, x in enumerate(layers)}
-                    )
-                    _note(raw["quarters"], key, {str(i): _root_mean(layers, i) for i in range(1, 5)})
+                sizes = _note_layers(raw, model, ids, here, options.every, seed % options.every)
             else:
-                for key, errors in deep_errors(model, ids, here).items():
-                    _note(raw["deep"], key, errors)
+                errors, sizes = deep_errors(model, ids, here)
+                for key, values in errors.items():
+                    _note(raw["deep"], key, values)
+            for key, size in sizes.items():
+                _note(raw[f"pairs {part}"], key, {"kept": size})
             (options.out / "refine.partial.json").write_text(json.dumps(raw))
             print(f"{part} {length} seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
-    return raw, found, extra
+    return raw, ready[options.length][0], extra
+
+
+def _note_layers(raw: dict[str, Any], model: Any, ids: Tensor, found: list[Method], every: int, first: int) -> Sizes:
+    """The layers' errors of a prompt, of "mass" and of its uniform cut as well, and sizes."""
+    rows = list(strips(ids.shape[1], every, first))
+    errors, sizes = layer_errors(model, ids, found, every, first)
+    more, others = layer_errors(model, ids, equal_cuts(found, sizes, ids.shape[1], rows), every, first)
+    for key, layers in (errors | more).items():
+        _note(raw["layer"], key, {"all": _root_mean(layers, 0)} | {str(i): x[0] for i, x in enumerate(layers)})
+        _note(raw["quarters"], key, {str(i): _root_mean(layers, i) for i in range(1, 5)})
+    return sizes | others
 
 
 def _root_mean(layers: list[list[float]], index: int) -> float:

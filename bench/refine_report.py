@@ -9,6 +9,7 @@ from stem_flex.config import StemConfig
 from stem_flex.selectors.refine import saved
 
 from . import report
+from .refine_policies import EQUAL
 
 
 def cell(values: list[float], others: list[float] | None = None) -> dict[str, Any]:
@@ -21,24 +22,40 @@ def cell(values: list[float], others: list[float] | None = None) -> dict[str, An
 
 
 def table(raw: dict[str, Any], found: list[Any]) -> list[dict[str, Any]]:
-    """One row for each method and policy: what it saves, errors with intervals, ratios to the uniform cut."""
+    """One row for each method and policy: what it saves, errors with intervals, ratios to the uniform cut.
+
+    "mass" saves what it happens to, so that it has a uniform cut of its own, of the same size on every prompt.
+    """
     rows = []
     for method in found:
-        for policy in method.policies:
-            row: dict[str, Any] = {"method": method.name, "policy": policy.name, "saved": method.savings[policy.name]}
+        for policy in [*(policy.name for policy in method.policies), EQUAL]:
+            own = policy in ("mass", EQUAL)
+            shares = {part: _saved(raw, part, method.name, policy) for part in ("layer", "deep")} if own else {}
+            row: dict[str, Any] = {"method": method.name, "policy": policy}
+            row["saved"] = shares["layer"]["all"] if own else method.savings[policy]
+            row |= {f"saved {part}": share for part, share in shares.items() if share}
             for part in ("layer", "quarters", "deep"):
-                mine, cut = (raw[part].get(f"{method.name}/{p}") for p in (policy.name, "uniform"))
+                mine, cut = (raw[part].get(f"{method.name}/{p}") for p in (policy, EQUAL if own else "uniform"))
                 for name in mine or ():
                     row[f"{part} {name}"] = cell(mine[name], cut[name])
             rows.append(row)
     return rows
 
 
+def _saved(raw: dict[str, Any], part: str, method: str, policy: str) -> dict[str, float]:
+    """What a policy really saved of the pairs: of all prompts, of the one with the least and the most."""
+    kept, native = (raw[f"pairs {part}"].get(f"{method}/{p}", {}).get("kept") for p in (policy, "native"))
+    if kept is None or native is None:
+        return {}
+    shares = [1 - mine / all_of_it for mine, all_of_it in zip(kept, native, strict=True)]
+    return {"all": 1 - sum(kept) / sum(native), "least": min(shares), "most": max(shares)}
+
+
 def errors_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """What each policy saves, and its errors with their ratios to the uniform cut's."""
     lines = []
     for row in rows:
-        cells = [row["method"], row["policy"], f"{row['saved']:.1%}"]
+        cells = [row["method"], row["policy"], _shares(row)]
         for name in ("layer all", "deep error", "deep kl"):
             entry = row.get(name)
             cells += ["", ""] if entry is None else [f"{entry['mean']:.4f}", _ratio(entry)]
@@ -53,7 +70,8 @@ def markdown(rows: list[dict[str, Any]], header: dict[str, Any]) -> str:
         f"Output error of Stem on trained sparsity: layers at {report.short(header['length'])} tokens, "
         f"{header['seeds']} prompts; the whole model at {report.short(header['deep_length'])}, {header['deep_seeds']} "
         "prompts. Relative L2 errors against dense attention; in "
-        "brackets 95 % bootstrap intervals of the ratio to the uniform cut, paired by prompt.",
+        "brackets 95 % bootstrap intervals of the ratio to the uniform cut of the same size, paired by prompt. Two "
+        "savings: of the layers' prompts and of the whole model's.",
         "",
     ]
     columns, cells = errors_table(rows)
@@ -63,8 +81,9 @@ def markdown(rows: list[dict[str, Any]], header: dict[str, Any]) -> str:
     lines.append("| method | policy | " + " | ".join(name.replace("quarters", "quarter") for name in names) + " |")
     lines.append("|" + "---|" * (len(names) + 2))
     for row in rows:
-        if row["policy"].startswith("decay"):
+        if row["policy"].startswith(("decay", "mass")):
             lines.append(f"| {row['method']} | {row['policy']} | {' | '.join(_ratio(row[n]) for n in names)} |")
+    lines += _by_prompt(rows)
     paper = StemConfig.paper()
     lines += ["", "What the decay saves by the prompt's length, at the published budgets:", ""]
     lines += [
@@ -80,6 +99,22 @@ def markdown(rows: list[dict[str, Any]], header: dict[str, Any]) -> str:
         ]
         lines.append(f"| {report.short(length)} | {' | '.join(f'{share:.2%}' for share in shares)} |")
     return "\n".join(lines) + "\n"
+
+
+def _by_prompt(rows: list[dict[str, Any]]) -> list[str]:
+    """What "mass" saved of single prompts; nothing where it was not measured."""
+    said = []
+    for row in [row for row in rows if row["policy"] == "mass"]:
+        for part, name in (("layer", "layers"), ("deep", "whole model")):
+            if share := row.get(f"saved {part}"):
+                spread = f"{share['least']:.1%} to {share['most']:.1%}"
+                said.append(f"{row['method']}, {name}: {share['all']:.1%} ({spread})")
+    return ["", f'Saved by "mass" of all prompts (of single ones): {"; ".join(said)}.'] if said else []
+
+
+def _shares(row: dict[str, Any]) -> str:
+    """What is saved of the layers' prompts, and of the whole model's where that is not the same."""
+    return "; ".join(f"{share:.1%}" for share in [row["saved"]] + [x["all"] for x in [row.get("saved deep")] if x])
 
 
 def _ratio(entry: dict[str, Any]) -> str:
