@@ -11,10 +11,13 @@ After RULER (arXiv 2404.06654), written anew from the paper's description:
 
 Short forms of the same for instruct models of 0.1 B parameters, with keys and values of few tokens:
 
-    fact_number, _place, _color, _animal      one statement about a noun
-    fact_numbers                              the first among three other statements of its kind
-    short_tracking                            the number at the beginning of a chain, asked from its end
+    fact_place, _color, _day, _fruit, _animal, _price    one statement about a noun
+    fact_numbers                              a number, among three other statements of its kind
+    short_tracking                            the place at the beginning of a chain, asked from its end
     top_word                                  the one word of a list that occurs most
+
+The facts were chosen from twenty by what SmolLM2-135M-Instruct answers densely at 4K tokens, 48 prompts each: 88 to
+100 % of these; 44 to 90 % of digits, names, months, materials; 20 to 70 points less beside three more statements.
 """
 
 from __future__ import annotations
@@ -204,6 +207,8 @@ def frequent_words(rng: random.Random, *, items: int, top: int = 3, alpha: float
 PLACES = """Paris London Berlin Madrid Rome Vienna Dublin Lisbon Warsaw Prague Oslo Athens Cairo Delhi Tokyo Sydney
 Boston Chicago Denver Seattle""".split()
 COLORS = "red blue green yellow black white orange purple silver golden".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+FRUITS = "apple banana cherry grape lemon mango orange peach pear plum".split()
 ANIMALS = "tiger rabbit eagle dolphin camel otter panther falcon lizard pelican".split()
 _FACTS = (
     "Some facts are hidden in the following text. Find them and memorize them. You will be asked about them later.\n\n"
@@ -228,8 +233,8 @@ def fact(
     return Task(family, _FACTS, tuple(lines), question, ((f" {values[0]}", True), (".\n", False)))
 
 
-def _four_digits(rng: random.Random) -> str:
-    return number(rng, 4)
+def _digits(count: int) -> Callable[[random.Random], str]:
+    return lambda rng: number(rng, count)
 
 
 def _of(words: list[str]) -> Callable[[random.Random], str]:
@@ -237,27 +242,31 @@ def _of(words: list[str]) -> Callable[[random.Random], str]:
 
 
 _KINDS: dict[str, tuple[Callable[[random.Random], str], str, str]] = {
-    "number": (_four_digits, "The special magic number for {key} is:", "What is the special magic number for {key}?"),
     "place": (_of(PLACES), "The {key} is hidden in", "Where is the {key} hidden?"),
     "color": (_of(COLORS), "The secret color of the {key} is", "What is the secret color of the {key}?"),
-    "animal": (_of(ANIMALS), "The password of the {key} is:", "What is the password of the {key}?"),
+    "day": (_of(DAYS), "The {key} is delivered on", "When is the {key} delivered?"),
+    "fruit": (_of(FRUITS), "The favorite fruit of the {key} is the", "What is the favorite fruit of the {key}?"),
+    "animal": (_of(ANIMALS), "The {key} is guarded by a", "Who guards the {key}?"),
+    "price": (_digits(3), "The price of the {key} is", "What is the price of the {key}?"),
 }
+_NUMBER = _digits(4), "The special magic number for {key} is:", "What is the special magic number for {key}?"
 
 
-def short_tracking(rng: random.Random, *, hops: int = 2, chains: int = 2) -> Task:
-    """Chains 'VAR lemon = 4821', 'VAR pebble = VAR lemon', ...; the question asks for the number the last one holds."""
+def short_tracking(rng: random.Random, *, hops: int = 1, chains: int = 2) -> Task:
+    """Chains 'The lemon is hidden in Oslo.', 'The pebble is at the same place as the lemon.'; asked for the place of
+    the last, with the first named."""
     names = distinct(lambda r: r.choice(NOUNS), chains * (hops + 1), rng)
-    values = distinct(_four_digits, chains, rng)
+    values = distinct(_of(PLACES), chains, rng)
     lines, last = [], names[hops]
     for c, value in enumerate(values):
         chain = names[c * (hops + 1) : (c + 1) * (hops + 1)]
-        lines += [f"VAR {chain[0]} = {value}", *(f"VAR {new} = VAR {old}" for old, new in itertools.pairwise(chain))]
+        links = [f"The {new} is at the same place as the {old}." for old, new in itertools.pairwise(chain)]
+        lines += [f"The {chain[0]} is hidden in {value}.", *links]
     question = (
-        f"\n\nQuestion: Which number does the variable {last} hold, through other variables?\n"
-        f"Answer: The variable {last} holds the number"
+        f"\n\nQuestion: Where is the {last} hidden?\n"
+        f"Answer: The {last} is at the same place as the {names[0]}, which is hidden in"
     )
-    intro = "Track the chains of variable assignments hidden in the following text.\n\n"
-    return Task("short_tracking", intro, tuple(lines), question, ((f" {values[0]}", True), (".\n", False)))
+    return Task("short_tracking", _FACTS, tuple(lines), question, ((f" {values[0]}", True), (".\n", False)))
 
 
 def top_word(rng: random.Random, *, items: int, share: float = 0.2) -> Task:
@@ -288,7 +297,7 @@ FAMILIES: dict[str, Callable[[random.Random], Task]] = {
 }
 SHORT: dict[str, Callable[[random.Random], Task]] = {
     **{f"fact_{kind}": lambda rng, kind=kind: fact(rng, f"fact_{kind}", *_KINDS[kind]) for kind in _KINDS},
-    "fact_numbers": lambda rng: fact(rng, "fact_numbers", *_KINDS["number"], others=3),
+    "fact_numbers": lambda rng: fact(rng, "fact_numbers", *_NUMBER, others=3),
     "short_tracking": short_tracking,
     "top_word": lambda rng: top_word(rng, items=600),
 }

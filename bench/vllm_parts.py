@@ -17,7 +17,7 @@ import types
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -71,6 +71,19 @@ class Nothing:
         return False
 
 
+class Capability(NamedTuple):
+    """Of a CUDA device, as vLLM asks for it."""
+
+    major: int
+    minor: int
+
+    def as_version_str(self) -> str:
+        return f"{self.major}.{self.minor}"
+
+    def to_int(self) -> int:
+        return _number(self)
+
+
 class Platform:
     """``vllm.platforms.current_platform`` of a CUDA device, or of none: no to every other question."""
 
@@ -89,6 +102,15 @@ class Platform:
 
     def fp8_dtype(self) -> torch.dtype:
         return torch.float8_e4m3fn
+
+    def get_device_capability(self, device_id: int = 0) -> Capability | None:
+        return Capability(*torch.cuda.get_device_capability(device_id)) if torch.cuda.is_available() else None
+
+    def get_device_name(self, device_id: int = 0) -> str:
+        return torch.cuda.get_device_name(device_id)
+
+    def num_compute_units(self, device_id: int = 0) -> int:
+        return torch.cuda.get_device_properties(device_id).multi_processor_count
 
     def has_device_capability(self, least: int | tuple[int, int], *args: Any) -> bool:
         return torch.cuda.is_available() and _number(torch.cuda.get_device_capability()) >= _number(least)
