@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     sketch_sums.HALF_TILE = best
     workspace = sketch_chunks.WORKSPACE_BYTES
     for module, name, values in (
-        (sketch_proxies, "ELEMENTS_PER_THREAD", (32, 128)),
+        (sketch_proxies, "BYTES_PER_THREAD", (128, 512)),
         (sketch_mass, "KEY_BLOCKS_PER_WARP", (16, 32)),
         (sketch_chunks, "ROWS", (16, 32, 128, 192)),
     ):

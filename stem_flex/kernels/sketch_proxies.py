@@ -26,8 +26,8 @@ from torch import Tensor
 from stem_flex.kernels.launch import Plan, launch
 from stem_flex.kernels.pool import _locate, _valid_range
 
-# Tuning: elements of a block that a thread holds.
-ELEMENTS_PER_THREAD = 128
+# Tuning: bytes of a block that a thread holds.
+BYTES_PER_THREAD = 256
 MOST_WARPS = 16
 
 MOST_BLOCK = 512
@@ -84,57 +84,6 @@ def _places(far, token, BLOCK: tl.constexpr):
     return tl.sum((farther | tied).to(tl.int32), axis=0)  # summed in a thread's registers: axis 1 lies across the warp
 
 
-@triton.jit
-def _means(
-    x, first, low, high, stride_t, D: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, MEANS: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """Sums (MEANS, WIDTH) and numbers (MEANS,) of each group's real tokens; unrolled: all loads in flight at once."""
-    g = tl.arange(0, MEANS)
-    d = tl.arange(0, WIDTH)
-    sums = tl.zeros((MEANS, WIDTH), dtype=tl.float32)
-    counts = tl.zeros((MEANS,), dtype=tl.float32)
-    for t in tl.static_range(0, TOKENS):
-        token = g * TOKENS + t
-        places = x + (token * stride_t)[:, None] + d[None, :]
-        if MASKED:
-            real = (first + token >= low) & (first + token < high)
-            sums += tl.load(places, mask=real[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-            counts += real.to(tl.float32)
-        elif D < WIDTH:
-            sums += tl.load(places, mask=(d < D)[None, :], other=0.0).to(tl.float32)
-        else:
-            sums += tl.load(places).to(tl.float32)
-    if not MASKED:
-        counts += TOKENS
-    return sums, counts
-
-
-@triton.jit
-def _distances(
-    x, center, first, low, high, stride_t, D: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
-    MEANS: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Squared distance of each token (TOKENS, MEANS) from ``center``, -1 for tokens that are not real."""
-    d = tl.arange(0, WIDTH)
-    token = tl.arange(0, TOKENS)[:, None] + tl.arange(0, MEANS)[None, :] * TOKENS
-    places = x + (token * stride_t)[:, :, None] + d[None, None, :]
-    in_dim = (d < D)[None, None, :]
-    if MASKED:
-        real = (first + token >= low) & (first + token < high)
-        tile = tl.load(places, mask=real[:, :, None] & in_dim, other=0.0)
-    elif D < WIDTH:
-        tile = tl.load(places, mask=in_dim, other=0.0)
-    else:
-        tile = tl.load(places)
-    off = tile.to(tl.float32) - center[None, None, :]
-    far = tl.sum(off * off, axis=2)
-    far = tl.where(far == far, far, float("inf"))  # a NaN token is as far as can be, and has a place of its own
-    if MASKED:
-        far = tl.where(real, far, -1.0)
-    return far
-
-
 @triton.jit(do_not_specialize=["length", "row", "blocks"])
 def _proxies_kernel(
     x, out, coarse, start, end, stride_b, stride_h, stride_t, out_h, out_i, out_p, coarse_h, coarse_i, coarse_p, length,
@@ -142,12 +91,12 @@ def _proxies_kernel(
     HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OUTLIERS: tl.constexpr,
     MEANS: tl.constexpr, COARSE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program a block; axes of tiles: token of the group, group, dim. WIDE: a block spans 2^31 elements.
+    """One program a block; axes of tiles: group, token of the group, dim. WIDE: a block spans 2^31 elements.
 
     ``coarse``, unless None, gets the first COARSE outliers and the block's mean.
 
-    The block is read for its means, for the distances and, outliers only, to be copied: from memory once. Holding it
-    as float32 in between would take half a multiprocessor's registers.
+    The block is read once and stays in registers, in the input's dtype: means, distances and the outliers' copies are
+    taken from it. Its means are sums in a thread's registers, its distances cross half a warp.
     """
     TOKENS: tl.constexpr = BLOCK // MEANS
     b, h, i = _locate(tl.program_id(0), HEADS, blocks, stride_h < stride_t)
@@ -161,11 +110,14 @@ def _proxies_kernel(
         stride_t = stride_t.to(tl.int64)
         out_p = out_p.to(tl.int64)
         coarse_p = coarse_p.to(tl.int64)
-    whole = (first >= low) & (first + BLOCK <= high)
-    if whole:
-        sums, counts = _means(x, first, low, high, stride_t, D, WIDTH, TOKENS, MEANS, False)
-    else:
-        sums, counts = _means(x, first, low, high, stride_t, D, WIDTH, TOKENS, MEANS, True)
+    token = g[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+    real = (first + token >= low) & (first + token < high)
+    mask = real[:, :, None]
+    if D < WIDTH:
+        mask = mask & (d < D)[None, None, :]
+    tile = tl.load(x + (token * stride_t)[:, :, None] + d[None, None, :], mask=mask, other=0.0)
+    sums = tl.sum(tile.to(tl.float32), axis=1)
+    counts = tl.sum(real.to(tl.float32), axis=1)
     means = sums / tl.maximum(counts, 1.0)[:, None]
     tl.store(out + ((OUTLIERS + g) * out_p)[:, None] + d[None, :], means.to(out.dtype.element_ty))
     center = tl.sum(sums, axis=0) / tl.maximum(tl.sum(counts, axis=0), 1.0)
@@ -173,15 +125,14 @@ def _proxies_kernel(
         coarse += (b * HEADS + h).to(tl.int64) * coarse_h + i.to(tl.int64) * coarse_i
         tl.store(coarse + COARSE * coarse_p + d, center.to(coarse.dtype.element_ty))
     if OUTLIERS > 0:
-        if whole:
-            far = _distances(x, center, first, low, high, stride_t, D, WIDTH, TOKENS, MEANS, False)
-        else:
-            far = _distances(x, center, first, low, high, stride_t, D, WIDTH, TOKENS, MEANS, True)
-        token = tl.arange(0, TOKENS)[:, None] + g[None, :] * TOKENS
-        place = tl.reshape(_places(far, token, BLOCK), (TOKENS, MEANS))
+        off = tile.to(tl.float32) - center[None, None, :]
+        if D < WIDTH:
+            off = tl.where((d < D)[None, None, :], off, 0.0)
+        far = tl.sum(off * off, axis=2)
+        far = tl.where(far == far, far, float("inf"))  # a NaN token is as far as can be, and has a place of its own
+        far = tl.where(real, far, -1.0)
+        place = tl.reshape(_places(far, token, BLOCK), (MEANS, TOKENS))
         chosen = (place < OUTLIERS)[:, :, None]
-        keep = chosen & (far >= 0)[:, :, None] & (d < D)[None, None, :]
-        tile = tl.load(x + (token * stride_t)[:, :, None] + d[None, None, :], mask=keep, other=0.0)
         tl.store(out + (place * out_p)[:, :, None] + d[None, None, :], tile, mask=chosen)
         if COARSE > 0:
             first_ones = (place < COARSE)[:, :, None]
@@ -189,8 +140,8 @@ def _proxies_kernel(
 
 
 @lru_cache(maxsize=256)
-def _proxies_meta(plane: Plane, coarse: Plane | None, stride_t: int) -> dict[str, object]:
-    warps = plane.block * plane.width // (32 * ELEMENTS_PER_THREAD)
+def _proxies_meta(plane: Plane, coarse: Plane | None, stride_t: int, item_size: int) -> dict[str, object]:
+    warps = plane.block * plane.width * item_size // (32 * BYTES_PER_THREAD)
     wide = max(plane.block * abs(stride_t), plane.proxies * plane.stride_p) >= 2**31
     return dict(
         HEADS=plane.heads, D=plane.head_dim, WIDTH=plane.width, BLOCK=plane.block, OUTLIERS=plane.outliers,
@@ -224,5 +175,5 @@ def proxies(
         x, out, fewer, start, end, *x.stride()[:3], plane.stride_h, plane.stride_i, plane.stride_p, *strides,
         plane.length, row, count,
     )  # fmt: skip
-    meta = _proxies_meta(plane, fewer_plane, x.stride(2))
+    meta = _proxies_meta(plane, fewer_plane, x.stride(2), x.element_size())
     launch(_proxies_kernel, x.shape[0] * plane.heads * count, args, meta, plan, (slot, row))
