@@ -268,7 +268,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def choose_config(name: str) -> stem_flex.StemConfig:
     """``operator``, ``paper``, ``mass``, ``coarse`` (a mass with a coarse sketch) or ``default`` as a StemConfig."""
     if name == "coarse":
-        return stem_flex.StemConfig.mass(coarse=(4, 1))
+        return stem_flex.StemConfig.mass(sketch=(8, 8, 4, 8), coarse=(4, 1))
     return stem_flex.StemConfig() if name == "default" else getattr(stem_flex.StemConfig, name)()
 
 

@@ -58,7 +58,7 @@ def causal_density(num_blocks: int, config: StemConfig) -> float:
     return int(torch.minimum(kept, candidates).sum()) / int(candidates.sum())
 
 
-SLACK = 8
+SLACK = 32
 """A coarse sketch proposes a block that scores above the threshold divided by this, or by its halves until at most
 :meth:`Mass.proposed` blocks of the row do."""
 

@@ -44,7 +44,7 @@ def sketch_scores(
         q: (B, Hq, Lq, D). k: (B, Hkv, Lk, D). v: not looked at.
         sketch: query outliers, query means, key outliers, key means of a block.
         coarse: query outliers and key outliers of the sketch that proposes what is looked at by ``sketch``: what it
-            scores above threshold / 8, or the smallest doubling of that which leaves at most ``capacity`` of a row.
+            scores above threshold / 32, or the smallest doubling of that which leaves at most ``capacity`` of a row.
         impl: accepted for the sake of one signature; there is one implementation.
 
     Returns:
@@ -74,7 +74,7 @@ def sketch_scores(
                 else:
                     fewer = few_queries[i], [few_keys[j] for j in seen]
                     scores[b, h, i, seen] = _looked_at(
-                        of_block, [keys[j] for j in seen], *fewer, coarse[0], sketch[0], threshold / 8, capacity
+                        of_block, [keys[j] for j in seen], *fewer, coarse[0], sketch[0], threshold / 32, capacity
                     )
     return scores if q.dtype == torch.float64 else scores.float()
 

@@ -12,7 +12,7 @@ Cost: (query proxies x key proxies) / block^2 of dense QK, 1.8 % for 24 x 12 of 
 antidiagonal scores take, averages a single strong token pair away; this doesn't.
 
 With ``config.coarse`` a coarser sketch, the first few of the same outliers and one mean a block, scores every pair so,
-and proposes those above the threshold / 8 (`stem_flex.budget.SLACK`), or above the smallest doubling of that which
+and proposes those above the threshold / 32 (`stem_flex.budget.SLACK`), or above the smallest doubling of that which
 leaves at most 256 blocks of a row (`stem_flex.budget.PROPOSED`, or the budget's cap). Only their masses are taken by
 the finer one. What was not proposed keeps its coarse score, and counts in the softmax's denominator by the coarse
 exponentials of a stand-in: the same query proxy, or the query block's mean where the coarse sketch has no such proxy. A
