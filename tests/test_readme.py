@@ -179,6 +179,23 @@ def test_figures_of_paged_attention(tmp_path):
         written("no marks", "")
 
 
+def test_words_on_trained_sparsity_are_the_committed_results():
+    """README.md and refine.py quote bench/results/refine.json."""
+    from stem_flex.selectors import refine
+
+    rows = json.loads((ROOT / "bench" / "results" / "refine.json").read_text())["rows"]
+    found = {(row["method"], row["policy"]): row for row in rows}
+    for method in ("dsa", "infllm"):
+        row = found[method, "mass"]
+        error, (low, high) = row["layer all"]["ratio"], row["layer all"]["ratio_interval"]
+        decay = found[method, "decay"]["layer all"]
+        for text in (README, refine.__doc__ or ""):
+            plain = " ".join(text.split())
+            assert f"{row['saved']:.1%}".replace("%", " %") in plain
+            assert f"{error:.3f} [{low:.3f}, {high:.3f}]" in plain
+            assert f"{decay['ratio']:.2f}" in plain or f"{decay['ratio']:.3f}" in plain
+
+
 def test_figures_of_reading(tmp_path):
     """Dense attention once, and a task that it cannot do is said to say nothing."""
     from bench.readme import figures
