@@ -74,8 +74,8 @@ def _of_model(result: dict[str, Any]) -> str:
     whose = "random q, k, v"
     if result["options"]["inputs"] == "model":
         whose = (
-            "q, k, v are those of four layers of the shipped model reading unseen text, which repeats past its end and "
-            "past the 32K tokens that the model was trained on (`bench/activations.py`), so that the density is theirs"
+            "q, k, v of four layers of the shipped model reading unseen text, which repeats past its end, and past the "
+            "32K tokens that it was trained on (`bench/activations.py`)"
         )
     return f"The same by `{BUDGETS[config]}`: {run(where)}; {whose}.\n\n"
 
