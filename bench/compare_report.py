@@ -157,7 +157,8 @@ def draw(result: Row, path: Path) -> None:
         axis.set_xlabel("computed block pairs, %", color=INK)
         axis.set_ylabel("answers exactly right, every row sparse", color=INK)
         axis.set_title(WAYS[way] + "; hollow: native", loc="left", fontsize=10, color=INK)
-    axes[1].legend(frameon=False, fontsize=7, ncols=2)
+    if axes[1].get_legend_handles_labels()[1]:  # speeds alone draw no curve
+        axes[1].legend(frameon=False, fontsize=7, ncols=2)
     _bars(axes[2], [row for row in result["speed"] if row["way"] == "native" and "selection" in row])
     axes[2].set_title(f"one layer of {speed_words(result)}, native", loc="left", fontsize=10, color=INK)
     _save(pyplot, figure, path, "Published selectors side by side")

@@ -172,6 +172,11 @@ def _cell(row: dict[str, Any], name: str) -> str:
     return "error" if "error" in cell else "-"
 
 
+def file_name(options: argparse.Namespace) -> str:
+    """What this run's files are called: a budget of mass beside a budget of counts, none over the other."""
+    return f"prefill_{options.config}" if options.config in ("mass", "coarse") else "prefill"
+
+
 def present(rows: list[dict[str, Any]], options: argparse.Namespace, header: dict[str, Any]) -> None:
     """Print the tables, write JSON, CSV and the picture."""
     dense_names = [name for name in DENSE if any(name in row for row in rows)]
@@ -179,7 +184,7 @@ def present(rows: list[dict[str, Any]], options: argparse.Namespace, header: dic
     autos = ["stem_auto"] if options.auto else []
     machine = header["environment"]["gpu"] or "CPU"
     heads = f"{options.heads}/{options.kv_heads} heads of {options.dim}"
-    title = f"Causal prefill, {machine}, {heads}, {options.dtype}"
+    title = f"Causal prefill, {machine}, {heads}, {options.dtype}, {options.config} budget"
     times = [
         [report.short(row["tokens"]), *(_cell(row, name) for name in [*dense_names, *stems, *autos])] for row in rows
     ]
@@ -230,8 +235,8 @@ def present(rows: list[dict[str, Any]], options: argparse.Namespace, header: dic
         f"roofline: a matrix product ran at {header['matmul_tflops']:.3g} TFLOP/s in this run; "
         "the mask cannot take less than reading q, k and v once (python -m bench.mask)"
     )
-    path = report.write(options.out, "prefill", rows, **header)
-    picture = picture_of(rows, options.out / "prefill.png", title, dense_names, stems, header["matmul_tflops"])
+    path = report.write(options.out, file_name(options), rows, **header)
+    picture = picture_of(rows, path.with_suffix(".png"), title, dense_names, stems, header["matmul_tflops"])
     print(f"wrote {path}" + (f" and {picture}" if picture else ""))
 
 
@@ -319,7 +324,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             return Length(length, options, config, before).run()
 
         rows.append({"tokens": length} | report.attempt(cells))
-        report.write(options.out, "prefill", rows, **header)  # a run that is cut short keeps what it has
+        report.write(options.out, file_name(options), rows, **header)  # a run that is cut short keeps what it has
         print(f"{report.short(length)}: {time.perf_counter() - start:.1f} s", flush=True)
     present(rows, options, header)
     return rows

@@ -172,8 +172,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             print({k: v for k, v in rows[-1].items() if k != "losses"}, flush=True)
     print("\n".join(table(rows)))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    environment = report.environment() | {"command": f"python -m bench.thresholds {' '.join(arguments or [])}"}
-    options.out.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+    options.out.write_text(json.dumps({"environment": report.environment(), "rows": rows}, indent=1) + "\n")
     return rows
 
 

@@ -37,6 +37,10 @@ def test_prefill(tmp_path):
             assert row[name]["sampled_error"] < 1e-4, row[name]
         assert row["stem_cpu_speed_up"]["sdpa"] > 0
     assert (tmp_path / "prefill.csv").exists()
+    names = [
+        prefill.file_name(prefill.parse(["--device", "cpu", "--config", x])) for x in ("operator", "mass", "coarse")
+    ]
+    assert names == ["prefill", "prefill_mass", "prefill_coarse"]
 
 
 def test_calibrate(tmp_path, monkeypatch, exactly):

@@ -88,3 +88,13 @@ def test_the_report_pools_passes(tmp_path):
     assert "25% of the blocks: its own rule" in page
     assert "ValueError: no" in page
     assert (tmp_path / "compare.png").exists()
+
+
+def test_speeds_alone_draw_no_empty_legend(tmp_path, recwarn):
+    speed = {"section": "speed", "selector": "stem", "way": "native", "length": 1024, "backend": "flash",
+             "selection": 0.8, "attention": 45.0, "density": 0.2}  # fmt: skip
+    path = tmp_path / "compare.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ({"section": "environment", "length": 1024}, speed)))
+    compare_report.write(path)
+    assert (tmp_path / "compare.png").exists()
+    assert not [warning for warning in recwarn if "artists with labels" in str(warning.message)]

@@ -5,10 +5,12 @@ number of keys for every query. Stem's two ideas apply to any such scores (arXiv
 ``keep`` to ``mu * keep`` along the prompt (TPD), and a key is worth more the larger its value vector is (OAM).
 :func:`refine` does both to rows of scores, as few at a time as the caller likes; :mod:`.dsa` and :mod:`.infllm` use it.
 
-Measured, not taken for granted (``python -m bench.refine``, bench/results/refine.md): the decay saves what it promises,
-and rows of the first half of a prompt lose less by it than by a uniform cut of the same size. Late rows lose more, and
-over a whole prompt of the shipped model the uniform cut (a smaller ``keep`` with ``mu=1``) is as good or better. A
-threshold on the method's own mass (``budget=``) spends the same better than either: see :func:`refine`.
+Measured on the shipped model, not taken for granted (``python -m bench.refine``, bench/results/refine.md): the decay
+saves what it promises, and rows of the first half of a prompt lose less by it than by a uniform cut of the same size (a
+smaller ``keep`` with ``mu=1``). Late rows lose more, and the layers' error over a whole prompt is 1.027 [1.024, 1.029]
+times the uniform cut's for DSA, 1.048 [1.039, 1.056] times for InfLLM-v2 (95 % intervals). A threshold on the method's
+own mass (``budget=``, see :func:`refine`) spends a saving better: 17.1 % of DSA's tokens for 0.947 [0.945, 0.949] times
+the error of a uniform cut of that size, 19.6 % of InfLLM-v2's blocks for 0.837 [0.828, 0.847] times.
 """
 
 from __future__ import annotations
