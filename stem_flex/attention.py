@@ -22,7 +22,7 @@ from stem_flex.plumbing.backend import Decision, choose, kernel_options
 from stem_flex.plumbing.binding import BoundLayout
 from stem_flex.plumbing.captured import captured_values, code_of
 from stem_flex.plumbing.checks import check_config, check_mask_of, check_options, check_qkv, check_scale
-from stem_flex.plumbing.compiled import compiled, from_constant, to_constant
+from stem_flex.plumbing.compiled import based, compiled, from_constant, to_constant
 from stem_flex.plumbing.dense import dense_causal
 from stem_flex.plumbing.sharded import by_heads
 from stem_flex.selectors import Selector
@@ -265,6 +265,8 @@ def _sparse_prefill(
     # not is_compiling(), which other threads see too while one compiles: they would run eagerly
     if torch.compiler.is_dynamo_compiling():
         return _flex(q, k, v, block_mask, block_size, scale, score_mod, return_lse, merged)
+    if not needs_grad:
+        q, k, v = based(q, k, v)
     if name == "flash":
         check_block_lists(_flash, q, k, v)
     kind = (name, q.dtype, q.shape[0] == 1, q.shape[1], *k.shape[1::2], v.shape[3], return_lse, needs_grad)

@@ -15,7 +15,7 @@ from stem_flex import StemConfig, layout, reference, stem_attention, stem_block_
 from stem_flex.attention import _flex, sparse_prefill
 from stem_flex.plumbing import compiled as _compiled
 from stem_flex.plumbing.captured import code_of
-from stem_flex.plumbing.compiled import _copy, compiled, to_constant
+from stem_flex.plumbing.compiled import _copy, based, compiled, to_constant
 
 # flex_attention's C++ kernel compiles for each dtype, head dim and kind of mask: few kinds of call here
 CONFIG = StemConfig(block_size=64, schedule="fixed", k_start=2, sink_blocks=1, local_blocks=1)
@@ -343,3 +343,36 @@ def test_cuda_lse_is_minus_infinity_for_padding(make_qkv):
     torch.testing.assert_close(lse.cpu().double()[finite], expected_lse[finite], atol=2e-2, rtol=1e-2)
     assert torch.equal(out[1, :, :412], torch.zeros_like(out[1, :, :412]))
     torch.testing.assert_close(out.cpu().double(), expected, atol=5e-2, rtol=2e-2)
+
+
+def test_views_inside_a_storage_are_compiled_as_aligned(monkeypatch):
+    """Where sizes vary Inductor takes a view's offset for a number that varies too, and no such view for aligned."""
+    whole = torch.randn(3, 1, 4, 500, 32)
+    expected = stem_attention(*(x.clone() for x in whole), CONFIG)
+    assert [x.storage_offset() > 0 for x in whole] == [False, True, True]
+    offsets = []
+
+    def spied(*kind):
+        run = compiled(*kind)
+        return lambda *args: [offsets.extend(x.storage_offset() for x in args[:3]), run(*args)][1]
+
+    monkeypatch.setattr("stem_flex.attention.compiled", spied)
+    assert torch.equal(stem_attention(*whole, CONFIG), expected)
+    assert offsets == [0, 0, 0]
+
+
+def test_based_tensors_are_the_same_memory():
+    x = torch.arange(48.0)
+    view = x[8:].view(5, 1, 8)[:, :, ::2]
+    (got,) = based(view)
+    assert got.storage_offset() == 0
+    assert got.data_ptr() == view.data_ptr()
+    assert got.stride() == view.stride()
+    assert torch.equal(got, view)
+    got[0] = -1
+    assert x[8] == -1
+    assert based(x)[0] is x
+    unaligned = x[1:]
+    assert based(unaligned)[0] is unaligned
+    with torch.no_grad():
+        assert not based(torch.zeros(8, requires_grad=True)[4:])[0].requires_grad
