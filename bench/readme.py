@@ -30,6 +30,7 @@ def headlines(results: Path = RESULTS) -> str:
         "prefill_mass": tables.prefill_brief,
         "prefill_coarse": tables.prefill_brief,
         "thresholds": tables.thresholds_brief,
+        "thresholds_coarse": tables.thresholds_coarse,
         "accuracy": tables.accuracy,
         "compare": tables.selectors,
     }
@@ -42,6 +43,7 @@ def figures(results: Path = RESULTS) -> str:
         "prefill": tables.prefill,
         "prefill_mass": tables.prefill_full,
         "prefill_coarse": tables.prefill_full,
+        "prefill_coarse_eighth": tables.prefill_full,
         "ttft": tables.ttft,
         "mask": tables.mask,
         **{file: partial(tables.thresholds, model=model) for file, model in tables.THRESHOLDS.items()},

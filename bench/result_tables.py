@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .report import share, short
+from .report import RESULTS, share, short
 
 SHOWN_DENSITIES = {0.15, 0.25}  # of accuracy's: those that the papers speak of
 STEMS = ("stem_flash", "stem_triton")
@@ -15,8 +15,8 @@ def _ms(row: dict[str, Any], name: str, key: str = "ms") -> str:
     return _plain(value["median"] if value else None)
 
 
-def _up(row: dict[str, Any], over: str) -> str:
-    ours, theirs = (row.get(name, {}).get("ms") for name in ("stem_flash", over))
+def _up(row: dict[str, Any], over: str, name: str) -> str:
+    ours, theirs = (row.get(of, {}).get("ms") for of in (name, over))
     return f"{theirs['median'] / ours['median']:.1f}x" if ours and theirs else "-"
 
 
@@ -48,7 +48,7 @@ COLUMNS = {
     "stem_auto": "auto",
 }
 OVER = {"fa2": "over FA2", "cudnn": "over cuDNN", "fa4": "over FA4"}
-BUDGETS = {"mass": "StemConfig.mass()", "coarse": "StemConfig.mass(coarse=(4, 1))"}
+BUDGETS = {"mass": "StemConfig.mass()", "coarse": "StemConfig.mass(sketch=(8, 8, 4, 8), coarse=(4, 1))"}
 
 
 def prefill(result: dict[str, Any]) -> str:
@@ -63,9 +63,10 @@ def prefill_brief(result: dict[str, Any]) -> str:
 
 
 def prefill_full(result: dict[str, Any]) -> str:
-    """The same with the dense kernels' times and the picture."""
-    picture = f"bench/results/prefill_{result['options']['config']}.png"
-    return _of_model(result) + _times(result, [*COLUMNS], masks=True, rates=True) + f"\n![speed-up]({picture})\n"
+    """The same with the dense kernels' times, and the picture where there is one of this run."""
+    text = _of_model(result) + _times(result, [*COLUMNS], masks=True, rates=True)
+    name = f"prefill_{result['options']['config']}.png"
+    return text + (f"\n![speed-up](bench/results/{name})\n" if (RESULTS / name).exists() else "")
 
 
 def _of_model(result: dict[str, Any]) -> str:
@@ -77,18 +78,20 @@ def _of_model(result: dict[str, Any]) -> str:
             "q, k, v of four layers of the shipped model reading unseen text, which repeats past its end, and past the "
             "32K tokens that it was trained on (`bench/activations.py`)"
         )
-    return f"The same by `{BUDGETS[config]}`: {run(where)}; {whose}.\n\n"
+    budget = result.get("budget", f"`{BUDGETS[config]}`")  # said where the run's was not what the name means now
+    return f"The same by {budget}: {run(where)}; {whose}.\n\n"
 
 
 def _times(result: dict[str, Any], names: list[str], *, masks: bool, rates: bool) -> str:
-    """A line a length: density, times, how many times faster Stem FLASH is, its rate in the blocks it computes."""
+    """A line a length: density, times, how many times faster Stem is, by FLASH where it ran, and FLASH's rate."""
     rows = []
     for row in result["rows"]:
         stem = row.get("stem_flash", {})
         density = next((f"{row[name]['density']:.1%}" for name in STEMS if "density" in row.get(name, {})), "-")
         line = [short(row["tokens"]), density]
-        line += [_ms(row, "stem_flash", "mask_ms")] if masks else []
-        line += [_ms(row, name) for name in names] + [_up(row, over) for over in OVER]
+        fastest = next((name for name in STEMS if "ms" in row.get(name, {})), "stem_flash")
+        line += [_ms(row, fastest, "mask_ms")] if masks else []
+        line += [_ms(row, name) for name in names] + [_up(row, over, fastest) for over in OVER]
         rows.append(line + ([f"{stem['tflops']:.0f}" if "tflops" in stem else "-"] if rates else []))
     columns = ["tokens", "density", *(["mask ms"] if masks else []), *(COLUMNS[name] for name in names)]
     return markdown([*columns, *OVER.values(), *(["TFLOP/s in kept blocks"] if rates else [])], rows)
@@ -162,6 +165,8 @@ def accuracy(result: dict[str, Any]) -> str:
 THRESHOLDS = {
     "thresholds": "the shipped model",
     "thresholds_medium": "a model of 43.8 M parameters",
+    "thresholds_32k": "the shipped model, more prompts",
+    "thresholds_coarse": "the shipped model with `sketch=(8, 8, 4, 8)`",
     "thresholds_smollm2": "SmolLM2-135M-Instruct",
 }
 BRIEF_LENGTHS = (8192, 32768)  # of thresholds': those that README.md shows, where they were measured
@@ -179,6 +184,7 @@ def thresholds_brief(result: dict[str, Any]) -> str:
     from .thresholds import table
 
     rows = result["rows"]
+    rows = [row for row in rows if "coarse" not in row["policy"]]  # a sketch of its own: `thresholds_coarse`
     shown = [row for row in rows if row["length"] in BRIEF_LENGTHS] or rows
     longest = [row for row in rows if row["length"] == max(row["length"] for row in rows)]
     named = {row["policy"]: row for row in longest}
@@ -188,6 +194,20 @@ def thresholds_brief(result: dict[str, Any]) -> str:
         said = f"\nAt {short(longest[0]['length'])} tokens: {'; '.join(found)}. Other lengths and models: "
         said += "[bench/RESULTS.md](bench/RESULTS.md).\n"
     return _thresholds(result, THRESHOLDS["thresholds"]) + "\n".join(table(shown)) + "\n" + said
+
+
+def thresholds_coarse(result: dict[str, Any]) -> str:
+    """What the fastest budget keeps at the longest length, in one sentence."""
+    rows = [row for row in result["rows"] if row["length"] == max(row["length"] for row in result["rows"])]
+    named = {row["policy"]: row for row in rows}
+    name = "mass > 0.05, coarse (4, 1)"
+    if name not in named:
+        return ""
+    found = _summary(named[name], named["dense"], name)
+    return (
+        f"With `sketch=(8, 8, 4, 8), coarse=(4, 1)` at {short(rows[0]['length'])} tokens, {rows[0]['all'][1]} prompts: "
+        f"{found}; {_summary(named['dense'], named['dense'], 'dense')} ({run(result['environment'])}).\n"
+    )
 
 
 def _thresholds(result: dict[str, Any], model: str) -> str:
@@ -313,7 +333,9 @@ def distributed(result: dict[str, Any]) -> str:
         f"{result['ranks']} cards against one of them: {run(where)}; batch 1, {options['heads']} query / "
         f"{options['kv_heads']} key heads of {options['dim']}, {options['dtype']}, {options['config']} budget. "
         f"tensor: heads spread; context: rows spread. One card is the fastest one, all cards are the slowest rank's "
-        f"time; exchange: what keys and values take to travel, alone, of the whole.{said}\n\n" + markdown(columns, rows)
+        f"time; exchange: what keys and values take to travel, alone, of the whole.{said}\n\n"
+        + markdown(columns, rows)
+        + "".join(f"\n{row['note']}\n" for row in result["rows"] if "note" in row)
     )
 
 
@@ -323,7 +345,10 @@ def distributed_line(result: dict[str, Any]) -> str:
     rows = [row for row in result["rows"] if "speed_up" in row]
     found = ", ".join(f"{row['speed_up']:.2f} {words[row['mode']]} at {short(row['tokens'])} tokens" for row in rows)
     cards = f"{result['ranks']} cards ({result['environment']['gpu'] or 'CPU'})"
-    return f"Times faster on {cards} than on one: {found} ([bench/RESULTS.md](bench/RESULTS.md)).\n" if rows else ""
+    notes = "".join(f" {row['note']}" for row in rows if "note" in row)
+    return (
+        f"Times faster on {cards} than on one: {found} ([bench/RESULTS.md](bench/RESULTS.md)).{notes}\n" if rows else ""
+    )
 
 
 PAGED = {"stem triton": "Stem TRITON", "stem flash": "Stem FLASH", "vLLM Triton": "vLLM's Triton", "SDPA": "SDPA"}

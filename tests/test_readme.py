@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import stem_flex
+from bench import result_tables
+from bench.report import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMING = {"median": 2.0, "low": 1.9, "high": 2.1, "calls": 5}
@@ -90,7 +92,7 @@ def test_figures_of_budgets_of_mass(tmp_path, config):
     assert "| tokens | density | mask ms | Stem TRITON | Stem FLASH | over FA2 | over cuDNN | over FA4 |" in brief
     assert "| 32K | 6.6% | 0.625 | 2.5 | 2 | 15.0x | - | 6.0x |" in brief
     assert "| 32K | 6.6% | 0.625 | 30 | - | 12 | 2.5 | 2 | - | 15.0x | - | 6.0x | 576 |" in full
-    assert f"prefill_{config}.png" in full
+    assert ("prefill_mass.png" in full) == (config == "mass")  # the only picture that is committed
     assert "png" not in brief
     for text in (brief, full):
         assert "layers of the shipped model reading unseen text" in text
@@ -217,3 +219,15 @@ def test_figures_of_reading(tmp_path):
     assert "| dense | 25%" not in text
     assert "| stem | 25% |" in text
     assert "Dense attention has 0 of answer" in text
+
+
+def test_a_run_of_an_older_budget_says_so():
+    result = json.loads((RESULTS / "prefill_coarse_eighth.json").read_text())
+    assert "as it was at that commit" in result_tables.prefill_full(result)
+
+
+def test_notes_of_a_cell_are_printed():
+    result = json.loads((RESULTS / "distributed.json").read_text())
+    (note,) = (row["note"] for row in result["rows"] if "note" in row)
+    assert note in result_tables.distributed(result)
+    assert note in result_tables.distributed_line(result)
