@@ -164,7 +164,8 @@ MASS_FIELDS = [
 
 
 @pytest.mark.parametrize("change", FIELDS + MASS_FIELDS, ids=lambda change: next(iter(change)))
-def test_every_config_field_changes_the_mask(make_qkv, change):
+def test_every_config_field_changes_the_mask(make_qkv, monkeypatch, change):
+    monkeypatch.setattr("stem_flex.budget.PROPOSED", 4)  # else a coarse sketch of random inputs proposes every block
     # 80 blocks, so that the budget has rows to decay over
     q, k, v = make_qkv(Lq=80 * 16)
     given = SMALL | (MASS if change in MASS_FIELDS else {})
