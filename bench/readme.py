@@ -59,7 +59,7 @@ def figures(results: Path = RESULTS) -> str:
     parts = _parts(results, first)
     if (results / "smollm2" / "accuracy.json").exists():
         parts.append(over_models(results))
-    parts += _parts(results, {"smollm2/reading": reading}) + _parts(results, last)
+    parts += _parts(results, {"smollm2/ruler": tables.retrieval, "smollm2/reading": reading}) + _parts(results, last)
     return "\n".join(parts) or EMPTY
 
 

@@ -230,6 +230,19 @@ def _summary(row: dict[str, Any], dense: dict[str, Any], name: str) -> str:
     return f"{name} {prompt} ({every}) by {row['density']:.1%} of the blocks, for {extra:+.3f} ± {half:.3f} nats"
 
 
+def retrieval(result: dict[str, Any]) -> str:
+    """What dense attention answers of the facts that a small instruct model is asked for."""
+    from .families import FACTS
+
+    rows = result["rows"]
+    shown = ", ".join(f"{row['family']} {row['right']} of {row['samples']}" for row in rows)
+    right, asked = (sum(row[key] for row in rows if row["family"] in FACTS) for key in ("right", "samples"))
+    return (
+        f"SmolLM2-135M-Instruct answers {right} of {asked} facts at {short(rows[0]['length'])} tokens by dense attention, "
+        f"in its own chat format: {run(result['environment'])}; {shown}.\n"
+    )
+
+
 def selectors(result: dict[str, Any]) -> str:
     """Every published selector at its own settings, and the figure of all."""
     from .compare_report import native_table
