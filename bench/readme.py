@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import result_tables as tables
+from . import threshold_tables
 from .report import RESULTS, ROOT, share, short
 from .result_tables import markdown, run
 
@@ -29,8 +30,8 @@ def headlines(results: Path = RESULTS) -> str:
         "prefill": tables.prefill,
         "prefill_mass": tables.prefill_brief,
         "prefill_coarse": tables.prefill_brief,
-        "thresholds": tables.thresholds_brief,
-        "thresholds_coarse": tables.thresholds_coarse,
+        "thresholds": threshold_tables.thresholds_brief,
+        "thresholds_coarse": threshold_tables.thresholds_coarse,
         "accuracy": tables.accuracy,
         "compare": tables.selectors,
     }
@@ -46,7 +47,10 @@ def figures(results: Path = RESULTS) -> str:
         "prefill_coarse_eighth": tables.prefill_full,
         "ttft": tables.ttft,
         "mask": tables.mask,
-        **{file: partial(tables.thresholds, model=model) for file, model in tables.THRESHOLDS.items()},
+        **{
+            file: partial(threshold_tables.thresholds, model=model)
+            for file, model in threshold_tables.THRESHOLDS.items()
+        },
         "accuracy": tables.accuracy,
     }
     last: dict[str, Table] = {
