@@ -166,13 +166,15 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         short = (*families.FACTS, "fact_numbers")
         options.families = list(families.SINGLE + families.MULTI if corpus.frame.between is None else short)
     rows = []
+    environment = report.environment()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     for length in options.lengths:
         for policy in policies(options):
             rows.append(measure(model, corpus, length, policy, options))
             print({k: v for k, v in rows[-1].items() if k != "losses"}, flush=True)
+            # a run that is cut short keeps what it has
+            options.out.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
     print("\n".join(table(rows)))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"environment": report.environment(), "rows": rows}, indent=1) + "\n")
     return rows
 
 
