@@ -99,8 +99,8 @@ def based(*tensors: Tensor) -> tuple[Tensor, ...]:
     """``tensors``, those that begin inside their storage as tensors that begin theirs: same memory, same strides.
 
     Inductor takes the offset of a view for a number that varies, can then not tell that the view is aligned, and its
-    Triton kernel reads such a q, k or v in small pieces: the second half of the heads took twice the first's time
-    (H100 kind, 128K tokens). Views that are not on 16 bytes stay as they are.
+    Triton kernel reads such a q, k or v in small pieces: the second half of the heads, on a card of its own, took twice
+    the first's time (H200, 128K tokens). Views that are not on 16 bytes stay as they are.
     """
     return tuple(_based(x) if x.storage_offset() and x.data_ptr() % 16 == 0 else x for x in tensors)
 
