@@ -265,7 +265,7 @@ def _sparse_prefill(
     # not is_compiling(), which other threads see too while one compiles: they would run eagerly
     if torch.compiler.is_dynamo_compiling():
         return _flex(q, k, v, block_mask, block_size, scale, score_mod, return_lse, merged)
-    if not needs_grad:
+    if not needs_grad:  # gradients need the views themselves
         q, k, v = based(q, k, v)
     if name == "flash":
         check_block_lists(_flash, q, k, v)

@@ -66,12 +66,11 @@ class Chunks:
         self.keys = self._empty(k, [each.keys for each in self.sketches])
         self.queries = self._empty(q, [each.queries(height) for each in self.sketches])
         self.room = sketch_mass.room_for(self.sketches[-1], self.cut, q)
-        listed = sizes.heads * height * self.capacity
-        self.listed = torch.empty(listed, dtype=torch.int32, device=q.device)
-        lists = listed * sum(sizes.sketch[:2])
-        self.found_sums = torch.empty(lists, dtype=self.room[0].dtype, device=q.device)
-        lists = sizes.heads * height * tiles(self.capacity) * sum(sizes.sketch[:2])
-        self.found_tops = torch.empty(lists, dtype=torch.float32, device=q.device)
+        lists = sizes.heads * height
+        of_proxies = lists * sum(sizes.sketch[:2])
+        self.listed = torch.empty(lists * self.capacity, dtype=torch.int32, device=q.device)
+        self.found_sums = torch.empty(of_proxies * self.capacity, dtype=self.room.sums.dtype, device=q.device)
+        self.found_tops = torch.empty(of_proxies * tiles(self.capacity), dtype=torch.float32, device=q.device)
         _, key_start, key_end, _, _ = restrictions
         planes = [each.keys for each in self.sketches]
         self._make(k, key_start, key_end, self.keys, planes, 0, sizes.k_blocks, "keys")
