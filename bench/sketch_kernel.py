@@ -193,8 +193,9 @@ def main(arguments: list[str] | None = None) -> None:
     for length in lengths:
         for sizes in SKETCHES:
             rows.append(run("best tile", length, sizes, options))
-        for coarse in COARSE:
-            rows.append(run("best tile", length, SKETCHES[0], options, coarse))
+        for sizes in SKETCHES[:2]:
+            for coarse in COARSE:
+                rows.append(run("best tile", length, sizes, options, coarse))
         save()
 
 
