@@ -103,11 +103,7 @@ def over_models(results: Path) -> str:
             line += [share(cell["prompt"]), share(cell["all"]), _text(cell)] if cell else ["-", "-", "-"]
         rows.append(line)
     heads = [f"{title}: {what}" for title, _ in found for what in ("prompt", "all", "text")]
-    commands = "; ".join(
-        f"{title}: `{result['environment']['command']}` on {result['environment']['gpu'] or 'a CPU'}, torch "
-        f"{result['environment']['torch']}, commit {result['environment']['commit']}"
-        for title, result in found
-    )
+    commands = "; ".join(f"{title}: {run(result['environment'])}" for title, result in found)
     return (
         f"The same over models, at {MODELS_DENSITY:.0%} of the blocks or by a budget rule, whose density is as it "
         f"falls (in brackets, of text). SmolLM2-135M-Instruct, by `python -m bench.models smollm2`, is asked in "

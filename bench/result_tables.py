@@ -30,8 +30,9 @@ def _heading(result: dict[str, Any], what: str) -> str:
 
 
 def run(where: dict[str, Any]) -> str:
-    """The command of an environment, where it ran, and on which versions."""
-    return f"`{where['command']}` on {where['gpu'] or 'a CPU'}, torch {where['torch']}, commit {where['commit']}"
+    """The command of an environment, where it ran, on which versions, and what else is to be known of that run."""
+    said = f"`{where['command']}` on {where['gpu'] or 'a CPU'}, torch {where['torch']}, commit {where['commit']}"
+    return said + (f" ({where['note']})" if "note" in where else "")
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:

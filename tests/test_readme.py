@@ -226,6 +226,14 @@ def test_a_run_of_an_older_budget_says_so():
     assert "as it was at that commit" in result_tables.prefill_full(result)
 
 
+def test_notes_of_a_run_are_printed(tmp_path):
+    from bench.readme import figures
+
+    where = HEAD["environment"] | {"note": "cut by time"}
+    (tmp_path / "distributed.json").write_text(json.dumps(HEAD | {"environment": where, "ranks": 2, "rows": []}))
+    assert "commit c (cut by time); batch 1" in figures(tmp_path)
+
+
 def test_notes_of_a_cell_are_printed():
     result = json.loads((RESULTS / "distributed.json").read_text())
     (note,) = (row["note"] for row in result["rows"] if "note" in row)
