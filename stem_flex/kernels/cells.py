@@ -20,17 +20,19 @@ bytes of workspace written and read, 2 (BLOCK_M + BLOCK_N) / (BLOCK_M BLOCK_N) b
 tokens, 32 heads of 128 in bfloat16, with products at 550 TFLOP/s and 3.0 TB/s:
 
 ============================  ===========  ============  ==========  ============================================
-caller (tokens a cell)        TFLOP        exponentials  workspace   H100, estimated
+caller (tokens a cell)        TFLOP        exponentials  workspace   H100, measured
 ============================  ===========  ============  ==========  ============================================
-XAttention (16)               4.4          1.1 G         1.1 GB      8 ms, products; PyTorch 16
-CoSA (8)                      8.8          0.3 G         2.1 GB      17 ms, products; PyTorch 20 to 30
-ProxyAttn (1, 4 of 32 heads   1.1          2.2 G, two    1.1 GB      3 ms; PyTorch 20
+XAttention (16)               4.4          1.1 G         1.1 GB      7.9 ms, products; PyTorch 16
+CoSA (8)                      8.8          0.3 G         2.1 GB      15.3 ms, products; PyTorch 20 to 30
+ProxyAttn (1, 4 of 32 heads   1.1          2.2 G, two    1.1 GB      6.6 ms; PyTorch 20
 and 1 of 8 queries)                        planes
-VecAttention (1 of 128        0.6          none          0.1 GB      1 ms; PyTorch 4
+VecAttention (1 of 128        0.6          none          0.1 GB      3.0 ms; PyTorch 4
 queries)
-FlashPrefill (mean keys)      0.6          2.1 G         0.1 GB      1.5 ms; PyTorch 30
-oracle (1)                    35           275 G         17 GB       130 ms, exponentials
+FlashPrefill (mean keys)      0.6          2.1 G         0.1 GB      4.9 ms; PyTorch 30
+oracle (1)                    35           275 G         17 GB       130 ms estimated, exponentials
 ============================  ===========  ============  ==========  ============================================
+
+Short logits, of a head's dims, wait for their operands: four warps a program, so that two share a multiprocessor.
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ class Tile(NamedTuple):
 
 
 LONG_TILE = Tile(128, 256, 64, 8, 3)  # long products: fewer bytes from L2, one program a multiprocessor
-HALF_TILE = Tile(128, 128, 64, 8, 3)
+HALF_TILE = Tile(128, 128, 64, 4, 3)
 FLOAT_TILE = Tile(64, 64, 32, 4, 2)  # no tensor cores
 LONG = 512  # multiply-adds of a logit
 ROWS_TILE = 4096  # numbers of a step of the second kernel
@@ -103,21 +105,18 @@ def _log_sum(x, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _cell_tile(x, cells, row_stride, offset, step, low, high, TOKENS: tl.constexpr, REVERSED: tl.constexpr,
-               EVEN: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """(len(cells), BLOCK_D) numbers of the vectors of ``cells``, from number ``step`` on."""
-    PADDED: tl.constexpr = (DIM + BLOCK_D - 1) // BLOCK_D * BLOCK_D
-    phase = step // PADDED
-    if REVERSED:
-        phase = TOKENS - 1 - phase
-    dims = step % PADDED + tl.arange(0, BLOCK_D)
-    pointers = x + offset[:, None] + (phase * row_stride + dims)[None, :]
-    if EVEN and DIM == PADDED:
+def _cell_tile(x, cells, row_stride, offset, phase, part, low, high, TOKENS: tl.constexpr, EVEN: tl.constexpr,
+               DIM: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """(len(cells), BLOCK_D) numbers of token ``phase`` of each of the ``cells``, from dimension part * BLOCK_D on."""
+    dim = tl.arange(0, BLOCK_D)
+    # whole rows are moved, then dims: so the compiler sees that a thread's dims lie side by side, and on 16 bytes
+    pointers = x + (offset + (phase * row_stride + part * BLOCK_D))[:, None] + dim[None, :]
+    if EVEN and DIM % BLOCK_D == 0:
         tile = tl.load(pointers)
     else:
         token = cells * TOKENS + phase
         real = (token >= low) & (token < high)
-        tile = tl.load(pointers, mask=real[:, None] & (dims < DIM)[None, :], other=0.0)
+        tile = tl.load(pointers, mask=real[:, None] & (part * BLOCK_D + dim < DIM)[None, :], other=0.0)
     return tile.to(tl.float32) if UPCAST else tile  # the interpreter's dot product takes bfloat16 for integers
 
 
@@ -165,9 +164,12 @@ def _cells_kernel(
         q_at = a.to(tl.int64) * (TOKENS * q_row)
         k_at = j.to(tl.int64) * (TOKENS * k_row)
         s = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for step in range(0, TOKENS * ((DIM + BLOCK_D - 1) // BLOCK_D * BLOCK_D), BLOCK_D):
-            left = _cell_tile(q, a, q_row, q_at, step, query_low, query_high, TOKENS, True, EVEN, DIM, BLOCK_D, UPCAST)
-            right = _cell_tile(k, j, k_row, k_at, step, key_low, key_high, TOKENS, False, EVEN, DIM, BLOCK_D, UPCAST)
+        PARTS: tl.constexpr = (DIM + BLOCK_D - 1) // BLOCK_D
+        for step in range(0, TOKENS * PARTS):
+            phase, part = step // PARTS, step % PARTS
+            left = _cell_tile(q, a, q_row, q_at, TOKENS - 1 - phase, part, query_low, query_high, TOKENS, EVEN, DIM,
+                              BLOCK_D, UPCAST)  # fmt: skip
+            right = _cell_tile(k, j, k_row, k_at, phase, part, key_low, key_high, TOKENS, EVEN, DIM, BLOCK_D, UPCAST)
             s = tl.dot(left, tl.trans(right), s, input_precision=PRECISION)
         seen = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
         s = tl.where(seen, s * scale, float("-inf"))
