@@ -26,6 +26,7 @@ from stem_flex.plumbing.implementation import resolve
 from stem_flex.plumbing.strips import by_strips, strips
 from stem_flex.selectors.minference import block_share
 from stem_flex.selectors.shared import (
+    Tail,
     clear_keys,
     filled,
     hide,
@@ -66,19 +67,36 @@ def scores(
     """
     config, bound = prepare(q, k, v, config, layout, q_offset)
     tail = tail_of(q, bound, config.query_block, "proxyattn")
-    columns, _ = tail_attention(tail, k)
-    mass = block_share(columns / tail.real.sum(-1).clamp(min=1)[:, None, None], bound)
+    impl = resolve(impl, q)
+    mass = _tail_mass(tail, k, bound, config, impl) / tail.real.sum(-1).clamp(min=1)[:, None, None]
     needed = Coverage(gamma).counts(bound, config, 1, q.shape[1], mass[:, :, None])
     some = tail.end > tail.start
     first = torch.where(some, tail.start, bound.seq_lengths[1]).amin(-1) // config.key_block
     last = (torch.where(some, tail.end, 0).amax(-1) - 1) // config.key_block
     part = needed[:, :, 0] / (last - first + 1).clamp(min=1)[:, None]
-    shared = _group_scores(q, k, bound, config, math.gcd(proxies, q.shape[1]), resolve(impl, q))
+    shared = _group_scores(q, k, bound, config, math.gcd(proxies, q.shape[1]), impl)
     group = q.shape[1] // shared.shape[1]
     allowed = bound.dense_classes() != 0
     number = (part[..., None] * allowed.sum(-1) - 1e-4).ceil()  # the division's rounding must not add a block
     rank = by_strips(hide(shared, bound), _rank).repeat_interleave(group, 1)
     return hide(shared.repeat_interleave(group, 1) + PREFERRED * (rank < number[..., None]), bound)
+
+
+def _tail_mass(tail: Tail, k: Tensor, bound: BoundLayout, config: StemConfig, impl: str) -> Tensor:
+    """Attention of the last queries on each block, summed over them: (B, Hq, Kb)."""
+    if impl == "torch":
+        return block_share(tail_attention(tail, k)[0], bound)
+    from stem_flex.kernels.cells import Cut, Operands, cell_mass
+
+    more = config.query_block - tail.q.shape[2]  # of prompts shorter than a block
+    q, start, end = (
+        torch.nn.functional.pad(x, pad)
+        for x, pad in ((tail.q, (0, 0, 0, more)), (tail.start, (0, more)), (tail.end, (0, more)))
+    )
+    cut = Cut(1, config.query_block, config.key_block)
+    operands = Operands(q, k, (start, end), (None,) * 4, cut, q.shape[-1] ** -0.5)
+    total, _ = cell_mass(operands, lambda rows: k.shape[2])
+    return total[:, :, 0]
 
 
 def _rank(scores: Tensor) -> Tensor:
