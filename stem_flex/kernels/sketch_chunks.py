@@ -16,10 +16,10 @@ its P' and R':
 import torch
 from torch import Tensor
 
-from stem_flex.kernels import sketch_mass
+from stem_flex.kernels import sketch_fine, sketch_mass
 from stem_flex.kernels.launch import Plan
 from stem_flex.kernels.scores import Chunk, aligned, cut
-from stem_flex.kernels.sketch_fine import Fine, decide, tiles
+from stem_flex.kernels.sketch_fine import Fine, decide, places
 from stem_flex.kernels.sketch_mass import Sizes, Sketch
 from stem_flex.kernels.sketch_proxies import Plane, proxies
 
@@ -69,8 +69,9 @@ class Chunks:
         lists = sizes.heads * height
         of_proxies = lists * sum(sizes.sketch[:2])
         self.listed = torch.empty(lists * self.capacity, dtype=torch.int32, device=q.device)
-        self.found_sums = torch.empty(of_proxies * self.capacity, dtype=self.room.sums.dtype, device=q.device)
-        self.found_tops = torch.empty(of_proxies * tiles(self.capacity), dtype=torch.float32, device=q.device)
+        found = of_proxies * places(self.capacity)
+        self.found_sums = torch.empty(found, dtype=self.room.sums.dtype, device=q.device)
+        self.found_tops = torch.empty(found // sketch_fine.TILE, dtype=torch.float32, device=q.device)
         _, key_start, key_end, _, _ = restrictions
         planes = [each.keys for each in self.sketches]
         self._make(k, key_start, key_end, self.keys, planes, 0, sizes.k_blocks, "keys")
@@ -104,8 +105,8 @@ class Chunks:
         sizes, summed = self.sketches[0], self.sketches[-1]
         item = 4 if item_size == 4 else 2
         column = sizes.heads * sum(summed.sketch[:2]) * item
-        found = sum(sizes.sketch[:2]) * (item * self.capacity + 4 * tiles(self.capacity))
-        row = sizes.heads * (4 * self.capacity + found)
+        found = sum(sizes.sketch[:2]) * places(self.capacity) * (item + 4 / sketch_fine.TILE)
+        row = int(sizes.heads * (4 * self.capacity + found))
         most = ROWS * (row + column * aligned(sizes.k_blocks))
         workspace = max(WORKSPACE_BYTES, min(MOST_WORKSPACE_BYTES, most))
         blocks = sizes.q_blocks, sizes.k_blocks, sizes.block_q, sizes.block_k

@@ -15,15 +15,17 @@ proxy whose logits lie far below its stand-in's would drown in the first, a shar
 second. Scores of proposed pairs are overwritten, the others stay coarse.
 
 One program a query block, in three passes: over the row's scores, listing what is proposed; over the list, a tile of
-blocks at a time, each proxy number of the keys gathered and multiplied in one product; over the list again, from L to
-scores. The list, `Fine.capacity` a row, and L, as sums against the largest logit of their tile as in `sketch_sums`, lie
-in global memory and are read back by the program that wrote them. A program is one warp: it waits for its gathers,
-and many of them fit a multiprocessor.
+blocks at a time, each proxy number of the keys gathered and multiplied in one product, while the coarse sums of the
+tile and the next tile's list are on their way; over the list again, from L to scores. The list, `Fine.capacity` a row,
+and L, as sums against the largest logit of their tile as in `sketch_sums`, lie in global memory and are read back by
+the program that wrote them. A program is one warp: it waits for its gathers, and many of them fit a multiprocessor.
+Two or four neighbouring rows a program, gathering the union of what they propose (1.2 times a row's for two), halve
+the bytes from L2, and were slower (3.0 to 4.5 ms where one row a program took 2.5): fewer warps fit.
 
 Model, a head, with C proposed blocks a row of P x R proxies: ``2*D*P_UP*R * C*Qb`` operations, ``P*R * C*Qb`` exp2,
 ``R*D*e * C*Qb`` bytes of keys from L2 and ``4*P * C*Qb`` of L and coarse sums. 128K tokens of 32 heads, D=128, the
-shipped model's q and k, threshold 0.05: of a row's 512 blocks 220 score above 1/SLACK of it, and 256 at most are taken.
-16 x 12 proxies and C = 160: 0.26 TFLOP and 16 GB from L2, which bounds it: 2.5 ms on an H100, 3.0 for 24 x 12.
+shipped model's q and k, threshold 0.05: 220 of a row's 512 blocks score above 1/SLACK of it on average, and 256 at most
+are taken. 16 x 12 proxies and C = 190: 0.3 TFLOP and 19 GB from L2, which bound it: 2.25 ms measured on an H100.
 """
 
 from functools import lru_cache
@@ -41,11 +43,12 @@ from stem_flex.kernels.scores import Chunk, aligned
 from stem_flex.kernels.sketch_mass import Sizes, _normal, _weights, broadcast_strides
 from stem_flex.kernels.sketch_sums import _log_stood_for
 
-# Tuning: blocks of a product, scores listed at a time, warps, stages.
+# Tuning: blocks of a product, scores listed and blocks read back at a time, warps, stages.
 TILE = 32
-SCAN = 256
+SCAN = 512
+READ = 64
 WARPS = 1
-STAGES = 2
+STAGES = 3
 
 
 class Fine(NamedTuple):
@@ -56,9 +59,9 @@ class Fine(NamedTuple):
     capacity: int
 
 
-def tiles(capacity: int) -> int:
-    """Tiles of the list of a row, at most."""
-    return -(-capacity // TILE)
+def places(capacity: int) -> int:
+    """Places that a row's sums have, whole reads."""
+    return -(-capacity // READ) * READ
 
 
 @triton.jit
@@ -109,12 +112,11 @@ def _sums(
 
 
 @triton.jit
-def _coarse_mass(sums, tops, at, sums_stride, tops_stride, normal, j, real, exists, BLOCK_J: tl.constexpr):
-    """Coarse mass of every proxy of the coarse sketch on the key blocks ``j``."""
+def _coarse_sums(sums, tops, at, sums_stride, tops_stride, j, real, exists, BLOCK_J: tl.constexpr):
+    """(sums, top) of every proxy of the coarse sketch over each of the key blocks ``j``."""
     mask = exists[:, None] & real[None, :]
-    value = tl.load(sums + (at * sums_stride)[:, None] + j[None, :], mask=mask, other=0.0).to(tl.float32)
-    top = tl.load(tops + (at * tops_stride)[:, None] + (j // BLOCK_J)[None, :], mask=mask, other=-1.0e30)
-    return value * tl.exp2(top - normal[:, None])
+    value = tl.load(sums + (at * sums_stride)[:, None] + j[None, :], mask=mask, other=0.0)
+    return value, tl.load(tops + (at * tops_stride)[:, None] + (j // BLOCK_J)[None, :], mask=mask, other=-1.0e30)
 
 
 @triton.jit
@@ -134,11 +136,12 @@ def _fine_kernel(
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, P_UP: tl.constexpr,
     OUTLIERS: tl.constexpr, K_OUTLIERS: tl.constexpr, K_MEANS: tl.constexpr, COARSE: tl.constexpr, A_UP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, LOG_TOKENS: tl.constexpr, BLOCK_J: tl.constexpr, TILES: tl.constexpr,
-    CAPACITY: tl.constexpr, SLACK: tl.constexpr, SCAN: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    CAPACITY: tl.constexpr, SLACK: tl.constexpr, SCAN: tl.constexpr, TILE: tl.constexpr, READ: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """(b, kv head) slowest, then rows, last first, then the heads of the group: they gather from the same keys."""
     GROUP: tl.constexpr = Q_HEADS // KV_HEADS
+    PLACES: tl.constexpr = (CAPACITY + READ - 1) // READ * READ
     pid = tl.program_id(0)
     bkv = pid // (count * GROUP)
     b = (bkv // KV_HEADS).to(tl.int64)
@@ -179,25 +182,29 @@ def _fine_kernel(
     last = tl.where(high > low, tl.cdiv(high, BLOCK_J), first)
     normal = _normal(tops + tops_plane + at * tops_stride, exists, first, last, A_UP, TILES)
     keys += bkv.to(tl.int64) * (K_OUTLIERS + K_MEANS) * plane
-    found_sums += of_row * (P * CAPACITY)
-    found_tops += of_row * (P * tl.cdiv(CAPACITY, TILE))
+    found_sums += of_row * (P * PLACES)
+    found_tops += of_row * (P * (PLACES // TILE))
     seen = tl.zeros((A_UP,), dtype=tl.float32)
     top = tl.full((P_UP,), -1.0e30, tl.float32)
     total = tl.zeros((P_UP,), dtype=tl.float32)
+    place = tl.arange(0, TILE)
+    j = tl.load(listed + tl.minimum(place, tl.maximum(found, 1) - 1))  # past the end the last block, again
     for start in range(0, found, TILE):
-        c = start + tl.arange(0, TILE)
-        real = c < found
-        j = tl.load(listed + tl.minimum(c, found - 1))  # past the end the last block, again
+        real = place < found
+        coarse, coarse_top = _coarse_sums(sums, tops, at, sums_stride, tops_stride, j, real, exists, BLOCK_J)
+        following = tl.load(listed + tl.minimum(place + TILE, found - 1))  # this and the coarse sums arrive meanwhile
         fine, fine_top = _sums(q, keys, plane, j, real_low, real_high, scale, K_OUTLIERS, K_MEANS, BLOCK, LOG_TOKENS,
                                WIDTH, PRECISION, UPCAST)  # fmt: skip
         fine = tl.where(real[None, :], fine, 0.0)
-        tl.store(found_sums + p[:, None] * CAPACITY + c[None, :], fine.to(found_sums.dtype.element_ty),
-                 mask=in_p[:, None] & real[None, :])  # fmt: skip
+        tl.store(found_sums + p[:, None] * PLACES + place[None, :], fine.to(found_sums.dtype.element_ty),
+                 mask=in_p[:, None])  # fmt: skip
         tl.store(found_tops + start // TILE * P + p, fine_top, mask=in_p)
         higher = tl.maximum(top, fine_top)
         total = total * tl.exp2(top - higher) + tl.sum(fine, axis=1) * tl.exp2(fine_top - higher)
         top = higher
-        seen += tl.sum(_coarse_mass(sums, tops, at, sums_stride, tops_stride, normal, j, real, exists, BLOCK_J), axis=1)
+        seen += tl.sum(coarse.to(tl.float32) * tl.exp2(coarse_top - normal[:, None]), axis=1)
+        place += TILE
+        j = following
     tl.debug_barrier()
 
     # where next to nothing was left unseen, what 1 - seen leaves of it is rounding: then ``seen`` is the larger share
@@ -210,17 +217,20 @@ def _fine_kernel(
     weight = _weights(p, i.to(tl.int32), query_low, query_high, P, OUTLIERS, BLOCK_Q)
     part = weight / tl.maximum(tl.sum(weight, axis=0), 1.0)
     kept = tl.where(bound >= least, above - found, 0)  # coarse scores above the threshold, where that many are
-    for start in range(0, found, TILE):
-        c = start + tl.arange(0, TILE)
+    tile, place = tl.arange(0, READ // TILE), tl.arange(0, TILE)
+    for start in range(0, found, READ):
+        c = start + tile[:, None] * TILE + place[None, :]
         real = c < found
-        j = tl.load(listed + c, mask=real, other=0)
-        fine = tl.load(found_sums + p[:, None] * CAPACITY + c[None, :], mask=(weight > 0)[:, None] & real[None, :],
+        block = tl.load(listed + c, mask=real, other=0)
+        # past the end of the list too, to read whole lines
+        fine = tl.load(found_sums + p[:, None, None] * PLACES + c[None, :, :], mask=(weight > 0)[:, None, None],
                        other=0.0)  # fmt: skip
-        fine_top = tl.load(found_tops + start // TILE * P + p, mask=weight > 0, other=-1.0e30)
-        mass = fine.to(tl.float32) * tl.exp2(fine_top - normal)[:, None]
-        score = tl.sum(mass * part[:, None], axis=0) + tl.max(mass, axis=0)
-        tl.store(scores + j, score, mask=real)
-        kept += tl.sum((real & (score > least)).to(tl.int32), axis=0)
+        fine_top = tl.load(found_tops + (start // TILE + tile)[None, :] * P + p[:, None], mask=(weight > 0)[:, None],
+                           other=-1.0e30)  # fmt: skip
+        mass = fine.to(tl.float32) * tl.exp2(fine_top - normal[:, None])[:, :, None]
+        score = tl.sum(mass * part[:, None, None], axis=0) + tl.max(mass, axis=0)
+        tl.store(scores + block, score, mask=real)
+        kept += tl.sum(tl.sum((real & (score > least)).to(tl.int32), axis=1), axis=0)
     if counts is not None:
         tl.store(counts + (b * Q_HEADS + h) * q_blocks + i, kept)
 
@@ -236,8 +246,8 @@ def _fine_meta(fine: Fine, item_size: int) -> tuple[float, dict[str, object]]:
         K_MEANS=key_means, COARSE=fine.coarse.sketch.query_outliers,
         A_UP=triton.next_power_of_2(fine.coarse.sketch.query_outliers + 1), BLOCK_Q=sizes.block_q, BLOCK=sizes.block_k,
         LOG_TOKENS=log2(sizes.block_k / key_means), BLOCK_J=sizes.tile.block_j, TILES=16, CAPACITY=fine.capacity,
-        SLACK=SLACK, SCAN=SCAN, TILE=TILE, PRECISION="ieee" if item_size == 4 else "tf32", UPCAST=INTERPRETED,
-        num_warps=WARPS, num_stages=STAGES,
+        SLACK=SLACK, SCAN=SCAN, TILE=TILE, READ=READ, PRECISION="ieee" if item_size == 4 else "tf32",
+        UPCAST=INTERPRETED, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
 
 
@@ -269,7 +279,7 @@ def decide(
         restrictions: classes (int8, last stride 1), key_start, key_end, query_start, query_end, each may be None.
         scores: float32, the chunk's coarse scores, rows ``row_stride`` elements apart, heads ``head_stride``.
         listed: int32, ``fine.capacity`` a row of the chunk.
-        found_sums: ``sums``' dtype, as many for each query proxy; found_tops: float32, `tiles` of them as many.
+        found_sums: ``sums``' dtype, `places` for each query proxy; found_tops: float32, one for TILE of them.
         counts: int32 (B, Hq, Qb), contiguous, or None: gets how many pairs of each row score above the threshold.
         threshold: a number, or a float32 tensor of three dimensions that broadcasts to (B, Hq, Qb).
     """

@@ -35,6 +35,7 @@ def small_tiles(monkeypatch) -> None:
         monkeypatch.setattr(sketch_sums, name, Tile(32, 16, 16, 2, 4, 2))
     monkeypatch.setattr(sketch_fine, "TILE", 16)
     monkeypatch.setattr(sketch_fine, "SCAN", 16)
+    monkeypatch.setattr(sketch_fine, "READ", 32)
     sketch_fine._fine_meta.cache_clear()
     yield
     sketch_fine._fine_meta.cache_clear()
