@@ -25,7 +25,7 @@ the bytes from L2, and were slower (3.0 to 4.5 ms where one row a program took 2
 Model, a head, with C proposed blocks a row of P x R proxies: ``2*D*P_UP*R * C*Qb`` operations, ``P*R * C*Qb`` exp2,
 ``R*D*e * C*Qb`` bytes of keys from L2 and ``4*P * C*Qb`` of L and coarse sums. 128K tokens of 32 heads, D=128, the
 shipped model's q and k, threshold 0.05: 220 of a row's 512 blocks score above 1/SLACK of it on average, and 256 at most
-are taken. 16 x 12 proxies and C = 190: 0.3 TFLOP and 19 GB from L2, which bound it: 2.25 ms measured on an H100.
+are taken. 16 x 12 proxies and C = 190: 0.3 TFLOP and 19 GB from L2, most of what it can give: 2.25 ms on an H100.
 """
 
 from functools import lru_cache
