@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .accuracy_report import _figure, _save, _style, _table, pooled
+from .accuracy_plots import panels, save, style_of
+from .accuracy_report import _table, pooled
 from .plots import GRID, INK
 from .report import share, short, show
 
@@ -142,7 +143,7 @@ def speed_words(result: Row) -> str:
 
 def draw(result: Row, path: Path) -> None:
     """Answers by density in both ways, with intervals; native points hollow; selection and attention time."""
-    pyplot, figure, axes = _figure(3, 6.0)
+    pyplot, figure, axes = panels(3, 6.0)
     named = list(dict.fromkeys(cell["selector"] for cell in result["cells"] if cell["selector"] != "dense"))
     dense = next((c["all"] for c in result["cells"] if c["selector"] == "dense" and "all" in c), None)
     for axis, way in zip(axes, WAYS, strict=False):
@@ -161,7 +162,7 @@ def draw(result: Row, path: Path) -> None:
         axes[1].legend(frameon=False, fontsize=7, ncols=2)
     _bars(axes[2], [row for row in result["speed"] if row["way"] == "native" and "selection" in row])
     axes[2].set_title(f"one layer of {speed_words(result)}, native", loc="left", fontsize=10, color=INK)
-    _save(pyplot, figure, path, "Published selectors side by side")
+    save(pyplot, figure, path, "Published selectors side by side")
 
 
 def _curve(axis: Any, cells: list[Row], way: str, index: int) -> None:
@@ -171,9 +172,9 @@ def _curve(axis: Any, cells: list[Row], way: str, index: int) -> None:
         errors = [ys - [c["all"]["low"] for c in points], [c["all"]["high"] for c in points] - ys]
         xs = [100 * c["computed"] * (1 + 0.008 * (index % 7 - 3)) for c in points]
         errors = np.clip(errors, 0, None)
-        axis.errorbar(xs, ys, errors, lw=1.5, ms=4, elinewidth=0.6, label=points[0]["selector"], **_style(index))
+        axis.errorbar(xs, ys, errors, lw=1.5, ms=4, elinewidth=0.6, label=points[0]["selector"], **style_of(index))
     for cell in (c for c in cells if c["way"] == "native"):
-        style = _style(index)
+        style = style_of(index)
         axis.plot(100 * cell["computed"], cell["all"]["share"], style["marker"], ms=6, mfc="none", color=style["color"])
 
 

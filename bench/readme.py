@@ -35,7 +35,10 @@ def headlines(results: Path = RESULTS) -> str:
         "accuracy": tables.accuracy,
         "compare": tables.selectors,
     }
-    return "\n".join(_parts(results, shown)) or EMPTY
+    parts = _parts(results, shown)
+    if len(by_model(results)) > 1:
+        parts.append(over_models(results, brief=True))
+    return "\n".join(parts) or EMPTY
 
 
 def figures(results: Path = RESULTS) -> str:
@@ -44,7 +47,6 @@ def figures(results: Path = RESULTS) -> str:
         "prefill": tables.prefill,
         "prefill_mass": tables.prefill_full,
         "prefill_coarse": tables.prefill_full,
-        "prefill_coarse_eighth": tables.prefill_full,
         "ttft": tables.ttft,
         "mask": tables.mask,
         **{
@@ -86,9 +88,10 @@ def by_model(results: Path) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def over_models(results: Path) -> str:
-    """One table: what every selector costs every model at one density."""
-    found = by_model(results)
+def over_models(results: Path, *, brief: bool = False) -> str:
+    """One table: what every selector costs every model at one density; brief: those that several models judged, and
+    answers of sparse rows alone."""
+    found, kinds = by_model(results), ("all",) if brief else ("prompt", "all")
     cells: dict[str, dict[str, dict[str, Any]]] = {}
     for title, result in found:
         for cell in (*result["main"], *result.get("rules", [])):
@@ -97,12 +100,15 @@ def over_models(results: Path) -> str:
                 cells.setdefault(label, {})[title] = cell
     rows = []
     for label, of_model in cells.items():
+        if brief and len(of_model) < 2:
+            continue
         line = [label]
         for title, _ in found:
             cell = of_model.get(title)
-            line += [share(cell["prompt"]), share(cell["all"]), _text(cell)] if cell else ["-", "-", "-"]
+            answers = [share(cell[kind]) for kind in kinds] if cell else ["-" for _ in kinds]
+            line += [*answers, _text(cell) if cell else "-"]
         rows.append(line)
-    heads = [f"{title}: {what}" for title, _ in found for what in ("prompt", "all", "text")]
+    heads = [f"{title}: {what}" for title, _ in found for what in (*kinds, "text")]
     commands = "; ".join(f"{title}: {run(result['environment'])}" for title, result in found)
     return (
         f"The same over models, at {MODELS_DENSITY:.0%} of the blocks or by a budget rule, whose density is as it "
@@ -172,7 +178,7 @@ def main() -> None:
     (ROOT / "bench" / "RESULTS.md").write_text(results_page())
     found = by_model(RESULTS)
     if len(found) > 1:
-        from .accuracy_report import draw_models
+        from .accuracy_plots import draw_models
 
         draw_models(found, RESULTS / "models.png")
     print(f"wrote {path}", file=sys.stderr)

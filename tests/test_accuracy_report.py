@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from bench import accuracy_report, readme, report
+from bench import accuracy_plots, accuracy_report, readme, report
 
 
 def measured(section: str, selector: str, density: float, hits: str, loss: list[float], kl: list[float], **tags):
@@ -62,7 +62,7 @@ def test_models_in_one_table(rows, tmp_path):
     )
     assert "| sketch, mass:0.05 | 0.75 [0.30, 0.95] | 0.75 [0.30, 0.95] | +0.050 (18%) |" in text
     pytest.importorskip("matplotlib", reason="the picture is drawn with it")
-    accuracy_report.draw_models(readme.by_model(tmp_path), tmp_path / "models.png")
+    accuracy_plots.draw_models(readme.by_model(tmp_path), tmp_path / "models.png")
     assert (tmp_path / "models.png").stat().st_size > 10_000
 
 

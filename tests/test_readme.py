@@ -221,11 +221,6 @@ def test_figures_of_reading(tmp_path):
     assert "Dense attention has 0 of answer" in text
 
 
-def test_a_run_of_an_older_budget_says_so():
-    result = json.loads((RESULTS / "prefill_coarse_eighth.json").read_text())
-    assert "as it was at that commit" in result_tables.prefill_full(result)
-
-
 def test_notes_of_a_run_are_printed(tmp_path):
     from bench.readme import figures
 
