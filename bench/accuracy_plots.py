@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .accuracy_report import Row, by_density
+from .accuracy_report import PROTOCOLS, Row, by_density
 from .plots import COLORS, GRID, INK
+from .report import short
 
 
 def panels(count: int, height: float = 4.6, rows: int = 1) -> Any:
@@ -112,7 +113,7 @@ def _legend_of_models(axes: Any, styles: Mapping[str, Any]) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     names = [name for name in ("dense", *styles) if name in handles]
-    place = {"loc": "upper right", "bbox_to_anchor": (1.0, 0.995), "ncols": len(names), "fontsize": 8}
+    place = {"loc": "upper right", "bbox_to_anchor": (1.0, 0.96), "ncols": len(names), "fontsize": 8}
     axes[0][0].figure.legend([handles[name] for name in names], names, frameon=False, **place)
 
 
