@@ -188,23 +188,33 @@ def tail_attention(tail: Tail, k: Tensor) -> tuple[Tensor, Tensor]:
     late = key[tail.clear :]
     hidden = ((late < tail.start[..., None]) | (late >= tail.end[..., None]))[:, None]
     empty = (tail.end <= tail.start)[:, None, :, None]
-    # a diagonal of (R, Lk) in memory with R columns before: a column of the same memory read one wider
-    offset = (tail.position[:, None] - key).long().expand(batch, -1)[:, None].expand(-1, group, -1)
+    diagonal = (tail.position[:, None] - key).long().expand(batch, -1)[:, None].expand(-1, group, -1)
+    inside = (diagonal >= 0) & (diagonal <= length + rows)
     columns, diagonals = [], []
     for head in range(kv_heads):
         part = tail.q[:, head * group : (head + 1) * group]
-        logits = product(operand(part), operand(k[:, head : head + 1]), dim**-0.5)
+        # as many keys before the first as there are rows, which nobody sees: `diagonal_sums` wants the room
+        keys = torch.nn.functional.pad(operand(k[:, head : head + 1]), (0, 0, rows, 0))
+        logits = product(operand(part), keys, dim**-0.5)
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        logits[..., tail.clear :].masked_fill_(hidden, -math.inf)
+        logits[..., :rows] = -math.inf
+        logits[..., rows + tail.clear :].masked_fill_(hidden, -math.inf)
         weights = logits.softmax(-1, dtype=wide)
         weights = weights if tail.all_real else weights.masked_fill_(empty, 0.0)
-        columns.append(weights.sum(2))
-        skewed = weights.new_zeros(batch, group, rows * (length + rows + 1))
-        skewed[..., : rows * (length + rows)].unflatten(2, (rows, -1))[..., rows:] = weights
-        skewed = skewed.unflatten(2, (rows, -1)).sum(2)
-        inside = (offset >= 0) & (offset <= length + rows)
-        diagonals.append(skewed.gather(2, offset.clamp(min=0, max=length + rows)) * inside)
+        columns.append(weights[..., rows:].sum(2))
+        found = diagonal_sums(weights).gather(2, diagonal.clamp(min=0, max=length + rows))
+        diagonals.append(found * inside)
     return torch.cat(columns, 1), torch.cat(diagonals, 1)
+
+
+def diagonal_sums(weights: Tensor) -> Tensor:
+    """Sums of weights (B, H, R, N), 0 in the first R columns, along diagonals: at c that of row r's column c + r,
+    (B, H, N + 1). In memory, read one wider, a diagonal is a column; no copy is made."""
+    rows, wide = weights.shape[2], weights.shape[3] + 1
+    flat, whole = weights.flatten(2), (rows - 1) * wide
+    sums, rest = flat[..., :whole].unflatten(2, (rows - 1, wide)).sum(2), flat[..., whole:]
+    sums[..., : rest.shape[-1]] += rest
+    return sums
 
 
 def first_and_own(bound: BoundLayout, config: StemConfig) -> Tensor:

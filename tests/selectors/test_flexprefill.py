@@ -7,7 +7,7 @@ import torch
 
 from stem_flex import layout, selectors
 from stem_flex.reference import selectors as loops
-from stem_flex.selectors import flexprefill
+from stem_flex.selectors import flexprefill, shared
 from tests.selectors.cases import CONFIG, ONE_PROMPT, agree, inputs
 
 
@@ -51,6 +51,19 @@ def test_largest_entries_within_a_part():
                 torch.equal(kept.flatten(), (one > 0).flatten() & (one.flatten() >= ordered[max(number - 1, 0)]))
                 or not number
             )
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 6), (2, 3, 5, 17), (1, 2, 8, 9)])
+def test_sums_along_diagonals(shape):
+    """Each one entry by entry; the room before the first key holds zeros."""
+    weights = torch.rand(*shape, dtype=torch.float64)
+    rows, columns = shape[2:]
+    weights[..., :rows] = 0
+    expected = weights.new_zeros(*shape[:2], columns + 1)
+    for row in range(rows):
+        for column in range(rows, columns):
+            expected[..., column - row] += weights[..., row, column]
+    torch.testing.assert_close(shared.diagonal_sums(weights), expected)
 
 
 @pytest.mark.parametrize("name", ["minference", "flexprefill"])
