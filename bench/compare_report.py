@@ -142,27 +142,44 @@ def speed_words(result: Row) -> str:
 
 
 def draw(result: Row, path: Path) -> None:
-    """Answers by density in both ways, with intervals; native points hollow; selection and attention time."""
-    pyplot, figure, axes = panels(3, 6.0)
+    """Answers, with intervals, and output error by density in both ways, native points hollow; times."""
+    pyplot, figure, axes = panels(3, 5.2, rows=2)
     named = list(dict.fromkeys(cell["selector"] for cell in result["cells"] if cell["selector"] != "dense"))
     dense = next((c["all"] for c in result["cells"] if c["selector"] == "dense" and "all" in c), None)
-    for axis, way in zip(axes, WAYS, strict=False):
+    for column, way in enumerate(WAYS):
+        top, bottom = axes[0][column], axes[1][column]
         for index, name in enumerate(named):
-            _curve(axis, [c for c in result["cells"] if c["selector"] == name and "all" in c], way, index)
+            cells = [c for c in result["cells"] if c["selector"] == name]
+            _curve(top, [c for c in cells if "all" in c], way, index)
+            _error(bottom, [c for c in cells if "error" in c], way, index)
         if dense:
-            axis.axhline(dense["share"], color=INK, lw=1.1, ls=":", label="dense")
-        axis.set_xscale("log")
-        axis.set_xticks(TICKS, [f"{tick}" for tick in TICKS])
-        axis.minorticks_off()
-        axis.set_ylim(-0.03, 1.03)
-        axis.set_xlabel("computed block pairs, %", color=INK)
-        axis.set_ylabel("answers exactly right, every row sparse", color=INK)
-        axis.set_title(WAYS[way] + "; hollow: native", loc="left", fontsize=10, color=INK)
-    if axes[1].get_legend_handles_labels()[1]:  # speeds alone draw no curve
-        axes[1].legend(frameon=False, fontsize=7, ncols=2)
-    _bars(axes[2], [row for row in result["speed"] if row["way"] == "native" and "selection" in row])
-    axes[2].set_title(f"one layer of {speed_words(result)}, native", loc="left", fontsize=10, color=INK)
+            top.axhline(dense["share"], color=INK, lw=1.1, ls=":")
+        top.set_ylim(-0.03, 1.03)
+        top.set_ylabel("answers exactly right, every row sparse", color=INK)
+        top.set_title(WAYS[way] + "; hollow: native", loc="left", fontsize=10, color=INK)
+        bottom.set_yscale("log")
+        bottom.set_ylabel("relative error of the attention output", color=INK)
+        for axis in (top, bottom):
+            axis.set_xscale("log")
+            axis.set_xticks(TICKS, [f"{tick}" for tick in TICKS])
+            axis.minorticks_off()
+            axis.set_xlabel("computed block pairs, %", color=INK)
+    _bars(axes[0][2], [row for row in result["speed"] if row["way"] == "native" and "selection" in row])
+    axes[0][2].set_title(f"one layer of {speed_words(result)}, native", loc="left", fontsize=10, color=INK)
+    axes[1][2].axis("off")
+    for index, name in enumerate(named):  # every one, whether or not it has a point in some panel
+        axes[1][2].plot([], [], lw=1.5, ms=5, label=name, **style_of(index))
+    axes[1][2].plot([], [], color=INK, lw=1.1, ls=":", label="dense")
+    axes[1][2].legend(frameon=False, fontsize=10, ncols=2, loc="center")
     save(pyplot, figure, path, "Published selectors side by side")
+
+
+def _error(axis: Any, cells: list[Row], way: str, index: int) -> None:
+    points = sorted((c for c in cells if c["way"] == way), key=lambda cell: cell["computed"])
+    axis.plot([100 * c["computed"] for c in points], [c["error"] for c in points], lw=1.5, ms=4, **style_of(index))
+    for cell in (c for c in cells if c["way"] == "native"):
+        style = style_of(index)
+        axis.plot(100 * cell["computed"], cell["error"], style["marker"], ms=6, mfc="none", color=style["color"])
 
 
 def _curve(axis: Any, cells: list[Row], way: str, index: int) -> None:
@@ -172,7 +189,7 @@ def _curve(axis: Any, cells: list[Row], way: str, index: int) -> None:
         errors = [ys - [c["all"]["low"] for c in points], [c["all"]["high"] for c in points] - ys]
         xs = [100 * c["computed"] * (1 + 0.008 * (index % 7 - 3)) for c in points]
         errors = np.clip(errors, 0, None)
-        axis.errorbar(xs, ys, errors, lw=1.5, ms=4, elinewidth=0.6, label=points[0]["selector"], **style_of(index))
+        axis.errorbar(xs, ys, errors, lw=1.5, ms=4, elinewidth=0.6, **style_of(index))
     for cell in (c for c in cells if c["way"] == "native"):
         style = style_of(index)
         axis.plot(100 * cell["computed"], cell["all"]["share"], style["marker"], ms=6, mfc="none", color=style["color"])
