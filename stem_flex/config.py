@@ -19,6 +19,8 @@ ROUTINGS: tuple[Routing, ...] = ("oam", "sketch")
 BUDGETS: tuple[BudgetKind, ...] = ("tpd", "mass", "peak", "coverage")
 CORRECTIONS: tuple[Correction | None, ...] = (None, "mean")
 
+LEAST_THRESHOLD = 1e-30  # of a coarse sketch's proposals: parts of it are numbers that float32 can double
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StemConfig:
@@ -257,3 +259,8 @@ def _check_coarse(config: StemConfig) -> None:
         raise ValueError(f"coarse must have at most the sketch's outliers {config.sketch[0::2]}, got {coarse}")
     if config.budget != "mass":
         raise ValueError(f"coarse needs budget='mass', whose threshold it proposes blocks for, got {config.budget!r}")
+    if config.threshold < LEAST_THRESHOLD:
+        raise ValueError(
+            f"threshold must be at least {LEAST_THRESHOLD} with coarse={coarse}, got {config.threshold}; coarse=None "
+            "looks at every block"
+        )

@@ -8,6 +8,7 @@ chunk, and with a coarse sketch the fine one (`stem_flex.kernels.sketch_chunks`)
 import torch
 from torch import Tensor
 
+from stem_flex.config import LEAST_THRESHOLD
 from stem_flex.kernels import sketch_mass
 from stem_flex.kernels.launch import plan_of
 from stem_flex.kernels.ops import _LIBRARY, _check_inputs, _check_rows, _guard, _register
@@ -16,8 +17,9 @@ from stem_flex.kernels.sketch_proxies import MOST_BLOCK
 
 
 def check(
-    q: Tensor, k: Tensor, rows: Tensor, block_q: int, block_k: int, sketch: list[int], coarse: list[int] | None
-) -> None:
+    q: Tensor, k: Tensor, rows: Tensor, block_q: int, block_k: int, sketch: list[int], coarse: list[int] | None,
+    capacity: int, threshold: float,
+) -> None:  # fmt: skip
     """Refuse what the kernels would read wrongly. Callers have checked shapes against each other."""
     _check_inputs("q and k", q=q, k=k)
     if max(block_q, block_k) > MOST_BLOCK:
@@ -34,6 +36,10 @@ def check(
     if coarse is not None and not (0 <= coarse[0] <= q_outliers and 0 <= coarse[1] <= k_outliers):
         raise ValueError(f"coarse must have at most the sketch's outliers, {q_outliers} of queries and {k_outliers} of "
                          f"keys, got {coarse}")  # fmt: skip
+    if coarse is not None and capacity < 1:
+        raise ValueError(f"capacity must be 1 or more with a coarse sketch, got {capacity}")
+    if coarse is not None and threshold < LEAST_THRESHOLD:  # half of nothing, doubled, proposes no fewer
+        raise ValueError(f"threshold must be at least {LEAST_THRESHOLD} with a coarse sketch, got {threshold}")
     _check_rows(rows)
 
 
@@ -43,7 +49,7 @@ def _scores(
     sketch: list[int], coarse: list[int] | None = None, capacity: int = 0, threshold: float = 0.0,
     causal_offset: int | None = None,
 ) -> Tensor:  # fmt: skip
-    check(q, k, rows, block_q, block_k, sketch, coarse)
+    check(q, k, rows, block_q, block_k, sketch, coarse, capacity, threshold)
     restrictions = (classes, key_start, key_end, query_start, query_end)
     sizes = sketch_mass.sizes_of(q, k, block_q, block_k, tuple(sketch))
     plan = plan_of((

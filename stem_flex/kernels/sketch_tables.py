@@ -23,7 +23,7 @@ def _tables(
     cap: int, block_q: int, block_k: int, sketch: list[int], coarse: list[int] | None = None, capacity: int = 0,
     sink: int, local: int, partial_columns: int, width: int, causal_offset: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    check(q, k, rows, block_q, block_k, sketch, coarse)
+    check(q, k, rows, block_q, block_k, sketch, coarse, capacity, threshold)
     sizes = sketch_mass.sizes_of(q, k, block_q, block_k, tuple(sketch))
     _check_span(sizes.k_blocks)
     restrictions = (classes, key_start, key_end, query_start, query_end)

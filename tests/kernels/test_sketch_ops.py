@@ -70,6 +70,13 @@ def test_a_cuda_graph_replays_on_new_inputs():
         (lambda q, k, o: (q, k, {**o, "block_k": 1024}), ValueError, "blocks must be at most 512"),
         (lambda q, k, o: (q, k, {**o, "sketch": (65, 2, 1, 2)}), ValueError, "0 to 64 query outliers"),
         (lambda q, k, o: (q, k, {**o, "sketch": (2, 2, 1, 3)}), ValueError, "power of two of key means"),
+        (lambda q, k, o: (q, k, {**o, "coarse": (9, 0)}), ValueError, "coarse must have at most the sketch's outliers"),
+        (lambda q, k, o: (q, k, {**o, "coarse": (0, 0)}), ValueError, "capacity must be 1 or more"),
+        (
+            lambda q, k, o: (q, k, {**o, "coarse": (0, 0), "capacity": 4}),
+            ValueError,
+            "threshold must be at least 1e-30",
+        ),
     ],
 )
 def test_wrong_input_is_refused(change, error, match):
