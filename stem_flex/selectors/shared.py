@@ -158,15 +158,9 @@ def tail_of(q: Tensor, bound: BoundLayout, rows: int, name: str) -> Tail:
     if bound.query_start is None or bound.query_end is None:
         part = slice(length - rows, length)
         real = torch.ones(1, rows, dtype=torch.bool, device=q.device)
-        return Tail(
-            q[:, :, part],
-            spans.start[:, part],
-            spans.end[:, part],
-            real,
-            offset + length,
-            True,
-            clear_keys(bound, length - rows),
-        )
+        clear = clear_keys(bound, length - rows)
+        first, last = spans.start[:, part], spans.end[:, part]
+        return Tail(q[:, :, part], first, last, real, offset + length, clear > 0, clear)
     index = bound.query_end[:, None] - rows + torch.arange(rows, device=q.device)
     real = index >= bound.query_start[:, None]
     index = index.clamp(min=0, max=length - 1).long()

@@ -8,7 +8,7 @@ import torch
 from stem_flex import layout
 from stem_flex.reference import estimates
 from stem_flex.reference import selectors as loops
-from stem_flex.selectors import proxyattn
+from stem_flex.selectors import flexprefill, minference, proxyattn
 from tests.selectors.cases import CONFIG, ONE_PROMPT, agree, chosen, inputs
 
 
@@ -47,3 +47,11 @@ def test_in_strips(monkeypatch):
     whole = proxyattn.scores(q, k, v, CONFIG)
     monkeypatch.setattr(proxyattn, "_WEIGHTS_AT_ONCE", 1)
     torch.testing.assert_close(proxyattn.scores(q, k, v, CONFIG), whole)
+
+
+@pytest.mark.parametrize("module", [proxyattn, minference, flexprefill])
+def test_last_queries_that_see_nothing(module):
+    """A window whose last queries lie past all keys: their softmax is nobody's."""
+    q, k, v = inputs((1, 2, 1, 200, 200))
+    options = {"layout": layout.sliding_window(17), "q_offset": 40}
+    assert not module.scores(q, k, v, CONFIG, **options).isnan().any()
