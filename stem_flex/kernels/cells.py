@@ -20,11 +20,11 @@ bytes of workspace written and read, 2 (BLOCK_M + BLOCK_N) / (BLOCK_M BLOCK_N) b
 tokens, 32 heads of 128 in bfloat16, with products at 550 TFLOP/s and 3.0 TB/s:
 
 ============================  ===========  ============  ==========  ============================================
-caller (tokens a cell)        TFLOP        exponentials  workspace   H100, measured
+caller (tokens a cell)        TFLOP        exponentials  workspace   H100, the kernels alone, measured
 ============================  ===========  ============  ==========  ============================================
 XAttention (16)               4.4          1.1 G         1.1 GB      7.9 ms, products; PyTorch 16
 CoSA (8)                      8.8          0.3 G         2.1 GB      15.3 ms, products; PyTorch 20 to 30
-ProxyAttn (1, 4 of 32 heads   1.1          2.2 G, two    1.1 GB      6.6 ms; PyTorch 20
+ProxyAttn (1, 4 of 32 heads   1.1          2.2 G, two    1.1 GB      6.6 ms, its budgets' included; PyTorch 20
 and 1 of 8 queries)                        planes
 VecAttention (1 of 128        0.6          none          0.1 GB      3.0 ms; PyTorch 4
 queries)
@@ -94,6 +94,8 @@ FLOAT_TILE = Tile(64, 64, 32, 4, 2)  # no tensor cores
 LONG = 512  # multiply-adds of a logit
 ROWS_TILE = 4096  # numbers of a step of the second kernel
 SHARING = 16  # tiles of rows that share keys in L2
+SUMS = 128  # of a thread, at most
+SHARED_BYTES = 200 * 1024  # of an H100's 227 KB, for the operands in flight
 
 
 @triton.jit
@@ -233,25 +235,33 @@ def _rows_kernel(
         tl.store(peak + block, tl.max(weight, 0), mask=block < end)
 
 
-def tile_of(item_size: int, cut: Cut, dim: int) -> Tile:
-    """The tile for inputs of ``item_size`` bytes an element and logits of ``cut.tokens * dim`` multiply-adds."""
+def tile_of(item_size: int, cut: Cut, dim: int, *, by_query: bool = False) -> Tile:
+    """The tile for inputs of ``item_size`` bytes an element and logits of ``cut.tokens * dim`` multiply-adds.
+
+    A block of keys (``by_query``: of queries) lies in one tile; what else there is of it follows from that.
+    """
     tile = FLOAT_TILE if item_size == 4 else LONG_TILE if cut.tokens * dim > LONG else HALF_TILE
-    return tile._replace(block_n=max(tile.block_n, cut.columns))
+    rows = max(tile.block_m, cut.rows) if by_query else tile.block_m
+    columns = tile.block_n if by_query else max(tile.block_n, cut.columns)
+    warps = tile.warps if rows * columns <= 32 * SUMS * tile.warps else max(8, tile.warps)
+    if rows * columns > 32 * SUMS * warps:  # the other side gives way
+        rows, columns = (rows, 32 * SUMS * warps // rows) if by_query else (32 * SUMS * warps // columns, columns)
+    fits = SHARED_BYTES // ((rows + columns) * tile.block_d * item_size)
+    return Tile(max(rows, 16), max(columns, 16), tile.block_d, warps, max(1, min(tile.stages, fits)))
 
 
 def _launch_cells(operands: Operands, sums: Tensor | None, peaks: Tensor | None, strides: tuple[int, ...],
                   rows: tuple[int, int, int], *, by_query: bool = False) -> None:  # fmt: skip
     """The first kernel for (first row, rows, keys) into tensors of (head, row of blocks, block) strides."""
     q, k, (lo, hi), valid, cut, scale = operands
-    tile = tile_of(q.element_size(), cut, q.shape[3])
-    block_m = max(tile.block_m, cut.rows) if by_query else tile.block_m
+    tile = tile_of(q.element_size(), cut, q.shape[3], by_query=by_query)
     even = cut.tokens == 1 or (
         all(x is None for x in valid) and q.shape[2] % cut.tokens == 0 and k.shape[2] % cut.tokens == 0
     )
     meta = dict(
         Q_HEADS=q.shape[1], KV_HEADS=k.shape[1], TOKENS=cut.tokens, ROWS=cut.rows if by_query else 1,
         COLUMNS=cut.columns, DIM=q.shape[3], EVEN=even, PRECISION="ieee" if q.element_size() == 4 else "tf32",
-        UPCAST=INTERPRETED, SHARED=SHARING, BLOCK_M=block_m, BLOCK_N=tile.block_n,
+        UPCAST=INTERPRETED, SHARED=SHARING, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         BLOCK_D=min(tile.block_d, max(16, triton.next_power_of_2(q.shape[3]))), num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip
@@ -259,7 +269,7 @@ def _launch_cells(operands: Operands, sums: Tensor | None, peaks: Tensor | None,
         q, k, sums, peaks, lo, hi, *valid, *q.stride()[:3], *k.stride()[:3], lo.stride(0) if lo.shape[0] > 1 else 0,
         q.shape[2], k.shape[2], *rows, *strides, scale * log2(e),
     )  # fmt: skip
-    programs = q.shape[0] * q.shape[1] * -(-rows[1] // block_m) * -(-rows[2] // tile.block_n)
+    programs = q.shape[0] * q.shape[1] * -(-rows[1] // tile.block_m) * -(-rows[2] // tile.block_n)
     with _guard(q):
         launch(_cells_kernel, programs, args, meta, {}, "cells")
 

@@ -128,6 +128,48 @@ def test_query_logs(device, poisoned):
     torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("item_size", [2, 4])
+@pytest.mark.parametrize("block", [16, 128, 256, 512, 1024])
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_tiles_fit_registers_and_shared_memory(item_size, block, tokens):
+    """128 sums a thread, operands within 200 KB, one block in one tile; blocks of 128 keep what was tuned."""
+    for by_query in (False, True):
+        cut = Cut(tokens, block // tokens, 1) if by_query else Cut(tokens, 1, block // tokens)
+        if 0 in cut:
+            continue
+        tile = cells.tile_of(item_size, cut, 128, by_query=by_query)
+        assert tile.block_m * tile.block_n <= 32 * 128 * tile.warps
+        assert (tile.block_m + tile.block_n) * tile.block_d * item_size * tile.stages <= 200 * 1024
+        assert (tile.block_m % cut.rows if by_query else tile.block_n % cut.columns) == 0
+        if block <= 128:
+            tuned = cells.FLOAT_TILE if item_size == 4 else cells.LONG_TILE if tokens == 16 else cells.HALF_TILE
+            sides = (max(tuned.block_m, cut.rows), tuned.block_n) if by_query else (
+                tuned.block_m, max(tuned.block_n, cut.columns))  # fmt: skip
+            assert tile == tuned._replace(block_m=sides[0], block_n=sides[1])
+
+
+@devices
+@pytest.mark.parametrize("block", [256, 512])
+def test_long_blocks(device, block, poisoned):
+    """Key blocks and query blocks of more tokens than a tile has by itself."""
+    q, k = (torch.randn(1, h, 600, 16) for h in (2, 1))
+    hi = torch.arange(1, 601, dtype=torch.int32)[None]
+    rows = torch.nn.functional.pad(hi, (0, -600 % 64))
+    spans = torch.zeros_like(rows).to(device), rows.to(device)
+    operands = Operands(q.to(device), k.to(device), spans, (None,) * 4, Cut(1, 64, block), 0.25)
+    expected = 0.25 * torch.einsum("bhid, bhjd -> bhij", q, k.expand_as(q)).double()
+    expected = expected.masked_fill(torch.ones(600, 600, dtype=torch.bool).triu(1), -math.inf)
+    total, _ = cells.cell_mass(operands, lambda rows: rows)
+    weights = torch.nn.functional.pad(expected.softmax(-1), (0, -600 % block, 0, -600 % 64))
+    by_block = weights.unflatten(3, (-1, block)).sum(-1).unflatten(2, (-1, 64)).sum(3)
+    torch.testing.assert_close(total.double().cpu(), by_block, atol=1e-4, rtol=1e-5)
+    whole = torch.nn.functional.pad(hi, (0, -600 % block)).to(device)
+    logs = cells.query_logs(operands._replace(spans=(torch.zeros_like(whole), whole), cut=Cut(1, block, 1)))
+    of_block = torch.nn.functional.pad(expected, (0, 0, 0, -600 % block), value=-math.inf)
+    found = logs.cpu().double() * math.log(2)
+    torch.testing.assert_close(found, of_block.unflatten(2, (-1, block)).logsumexp(3), atol=2e-5, rtol=1e-5)
+
+
 def test_other_dtypes_are_refused():
     operands = made("one token", torch.float32, "cpu")
     with pytest.raises(TypeError, match=r"q and k must share a dtype of .*, got torch.float64"):
