@@ -102,7 +102,13 @@ def based(*tensors: Tensor) -> tuple[Tensor, ...]:
     Triton kernel reads such a q, k or v in small pieces: the second half of the heads, on a card of its own, took twice
     the first's time (H200, 128K tokens). Views that are not on 16 bytes stay as they are.
     """
-    return tuple(_based(x) if x.storage_offset() and x.data_ptr() % 16 == 0 else x for x in tensors)
+    return tuple(_based(x) if _begins_inside(x) else x for x in tensors)
+
+
+def _begins_inside(x: Tensor) -> bool:
+    """A plain tensor whose memory says all there is, beginning on 16 bytes inside its storage."""
+    plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg()
+    return plain and x.storage_offset() > 0 and x.data_ptr() % 16 == 0
 
 
 def _based(x: Tensor) -> Tensor:
