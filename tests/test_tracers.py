@@ -7,6 +7,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils.flop_counter import FlopCounterMode
 
 from stem_flex import (
     StemConfig,
@@ -89,6 +90,13 @@ def test_other_transforms_of_attention_are_refused(make_qkv):
     with forward_ad.dual_level(), pytest.raises(ValueError, match="must not be dual tensors"):
         attend(forward_ad.make_dual(q, q))
     assert torch.equal(torch.func.functionalize(lambda x: oam_scores(x, k, v, CONFIG))(q), oam_scores(q, k, v, CONFIG))
+
+
+def test_dispatch_modes_are_refused_and_spoil_nothing(make_qkv):
+    qkv = make_qkv(Lq=50)
+    with FlopCounterMode(display=False), pytest.raises(ValueError, match="must not run inside a TorchDispatchMode"):
+        stem_attention(*qkv, CONFIG)
+    assert stem_attention(*qkv, CONFIG).isfinite().all()
 
 
 @pytest.mark.parametrize("f", [oam_scores, stem_block_mask, stem_attention, explain])

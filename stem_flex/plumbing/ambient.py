@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _DEVICES = ("cpu", "cuda")  # where this package computes
 
@@ -46,6 +47,11 @@ def refuse_transforms(*tensors: Tensor) -> None:
         raise ValueError(
             "stem_attention must not run inside a transform of torch.func (vmap, grad, jvp, functionalize), which "
             "can't see into compiled flex_attention; use a larger batch for vmap, autograd for grad"
+        )
+    if is_in_torch_dispatch_mode():  # after one try Dynamo leaves flex_attention uncompiled without the mode too
+        raise ValueError(
+            "stem_attention must not run inside a TorchDispatchMode (FlopCounterMode, FakeTensorMode, selective "
+            "checkpointing), in which torch.compile compiles nothing; leave the mode around it"
         )
     if any(unpack_dual(x).tangent is not None for x in tensors):
         raise ValueError(
