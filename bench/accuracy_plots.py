@@ -13,7 +13,7 @@ from .plots import COLORS, GRID, INK
 from .report import short
 
 
-def panels(count: int, height: float = 4.6, rows: int = 1) -> Any:
+def subplots(count: int, height: float = 4.6, rows: int = 1) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -41,7 +41,7 @@ def draw(result: Row, path: Path) -> None:
     densities, cells, shown = by_density(result)
     if not densities:
         return
-    pyplot, figure, axes = panels(3)
+    pyplot, figure, axes = subplots(3)
     dense = cells.get(("dense", 1.0))
     for axis, protocol in zip(axes, PROTOCOLS, strict=False):
         for index, name in enumerate(shown):
@@ -72,7 +72,7 @@ def draw(result: Row, path: Path) -> None:
 
 def draw_models(results: Sequence[tuple[str, Row]], path: Path) -> None:
     """Answers found with every row sparse, and the loss added on text, by density, one column of panels a model."""
-    pyplot, figure, axes = panels(len(results), rows=2)
+    pyplot, figure, axes = subplots(len(results), rows=2)
     cells_of = [cell for _, result in results for cell in (*result["main"], *result.get("rules", []))]
     names_of = dict.fromkeys(cell["selector"] for cell in cells_of)
     styles = {name: style_of(index) for index, name in enumerate(name for name in names_of if name != "dense")}
@@ -97,7 +97,8 @@ def draw_models(results: Sequence[tuple[str, Row]], path: Path) -> None:
         top.set_title(title, loc="left", fontsize=10.5, color=INK)
         for axis in (top, bottom):
             axis.set_xscale("log")
-            axis.set_xticks([100 * d for d in densities], [f"{d:.0%}" for d in densities])
+            ticks = sorted({*densities, *(round(c["computed"], 1) for c in result.get("rules", []))})
+            axis.set_xticks([100 * d for d in ticks], [f"{d:.0%}" for d in ticks])
             axis.minorticks_off()
         bottom.set_xlabel("computed block pairs", color=INK)
     axes[0][0].set_ylabel("answers right, every row sparse", color=INK)
@@ -122,7 +123,7 @@ def draw_detail(result: Row, path: Path) -> None:
     found = result["layers"]
     if not found or not result["bands"]:
         return
-    pyplot, figure, axes = panels(3)
+    pyplot, figure, axes = subplots(3)
     kind = result["bands"][0]["kind"]
     for index, cell in enumerate(c for c in result["bands"] if c["kind"] == kind):
         kl = np.array(cell["kl"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .accuracy_plots import panels, save, style_of
+from .accuracy_plots import save, style_of, subplots
 from .accuracy_report import _table, pooled
 from .plots import GRID, INK
 from .report import share, short, show
@@ -143,7 +143,7 @@ def speed_words(result: Row) -> str:
 
 def draw(result: Row, path: Path) -> None:
     """Answers, with intervals, and output error by density in both ways, native points hollow; times."""
-    pyplot, figure, axes = panels(3, 5.2, rows=2)
+    pyplot, figure, axes = subplots(3, 5.2, rows=2)
     named = list(dict.fromkeys(cell["selector"] for cell in result["cells"] if cell["selector"] != "dense"))
     dense = next((c["all"] for c in result["cells"] if c["selector"] == "dense" and "all" in c), None)
     for column, way in enumerate(WAYS):

@@ -89,8 +89,8 @@ def by_model(results: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def over_models(results: Path, *, brief: bool = False) -> str:
-    """One table: what every selector costs every model at one density; brief: those that several models judged, and
-    answers of sparse rows alone."""
+    """One table: what every selector costs every model at one density; brief: those that several of its columns have,
+    and answers of sparse rows alone."""
     found, kinds = by_model(results), ("all",) if brief else ("prompt", "all")
     cells: dict[str, dict[str, dict[str, Any]]] = {}
     for title, result in found:

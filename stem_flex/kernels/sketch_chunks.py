@@ -10,7 +10,7 @@ its P' and R':
     sums      f * B*Hq*count * P*width         of the coarse sketch, where there is one
     tops      8 * B*Hq*count * P*width / BLOCK_J
     listed    4 * B*Hq*count * capacity        with a coarse sketch only
-    found     f * B*Hq*count * capacity*P      with a coarse sketch only, and 4 bytes more a tile of its blocks
+    found     f * B*Hq*count * places*P        with a coarse sketch only, and 4 bytes more for each tile and proxy
 """
 
 import torch

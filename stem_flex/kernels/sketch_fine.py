@@ -43,7 +43,7 @@ from stem_flex.kernels.scores import Chunk, aligned
 from stem_flex.kernels.sketch_mass import Sizes, _normal, _weights, broadcast_strides
 from stem_flex.kernels.sketch_sums import _log_stood_for
 
-# Tuning: blocks of a product, scores listed and blocks read back at a time, warps, stages.
+# Tuning: blocks of a product, scores listed and blocks read back (whole products) at a time, warps, stages.
 TILE = 32
 SCAN = 512
 READ = 64
