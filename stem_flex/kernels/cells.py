@@ -46,19 +46,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stem_flex.kernels.cell_tiles import Cut, tile_of
 from stem_flex.kernels.launch import launch
 from stem_flex.kernels.ops import _check_inputs, _guard
 from stem_flex.kernels.pool import INTERPRETED, _valid_range
 
 WORKSPACE = 512 * 2**20  # bytes alive between the two kernels, unless the rows of one tile need more
-
-
-class Cut(NamedTuple):
-    """Tokens of a cell, rows (cells) of a query block, columns of a key block; powers of two."""
-
-    tokens: int
-    rows: int
-    columns: int
 
 
 class Operands(NamedTuple):
@@ -78,24 +71,8 @@ class Operands(NamedTuple):
     scale: float
 
 
-class Tile(NamedTuple):
-    """Tuning: rows, columns and dims of a product, warps, stages."""
-
-    block_m: int
-    block_n: int
-    block_d: int
-    warps: int
-    stages: int
-
-
-LONG_TILE = Tile(128, 256, 64, 8, 3)  # long products: fewer bytes from L2, one program a multiprocessor
-HALF_TILE = Tile(128, 128, 64, 4, 3)
-FLOAT_TILE = Tile(64, 64, 32, 4, 2)  # no tensor cores
-LONG = 512  # multiply-adds of a logit
 ROWS_TILE = 4096  # numbers of a step of the second kernel
 SHARING = 16  # tiles of rows that share keys in L2
-SUMS = 128  # of a thread, at most
-SHARED_BYTES = 200 * 1024  # of an H100's 227 KB, for the operands in flight
 
 
 @triton.jit
@@ -233,21 +210,6 @@ def _rows_kernel(
         weight = tl.exp2(x - top[:, None])
         tl.store(total + block, tl.sum(weight, 0), mask=block < end)
         tl.store(peak + block, tl.max(weight, 0), mask=block < end)
-
-
-def tile_of(item_size: int, cut: Cut, dim: int, *, by_query: bool = False) -> Tile:
-    """The tile for inputs of ``item_size`` bytes an element and logits of ``cut.tokens * dim`` multiply-adds.
-
-    A block of keys (``by_query``: of queries) lies in one tile; what else there is of it follows from that.
-    """
-    tile = FLOAT_TILE if item_size == 4 else LONG_TILE if cut.tokens * dim > LONG else HALF_TILE
-    rows = max(tile.block_m, cut.rows) if by_query else tile.block_m
-    columns = tile.block_n if by_query else max(tile.block_n, cut.columns)
-    warps = tile.warps if rows * columns <= 32 * SUMS * tile.warps else max(8, tile.warps)
-    if rows * columns > 32 * SUMS * warps:  # the other side gives way
-        rows, columns = (rows, 32 * SUMS * warps // rows) if by_query else (32 * SUMS * warps // columns, columns)
-    fits = SHARED_BYTES // ((rows + columns) * tile.block_d * item_size)
-    return Tile(max(rows, 16), max(columns, 16), tile.block_d, warps, max(1, min(tile.stages, fits)))
 
 
 def _launch_cells(operands: Operands, sums: Tensor | None, peaks: Tensor | None, strides: tuple[int, ...],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stem_flex.kernels import cells
+from stem_flex.kernels import cell_tiles, cells
 from stem_flex.kernels.cells import Cut, Operands
 from tests.kernels.loops import TOLERANCE, devices
 
@@ -100,7 +100,7 @@ def test_cell_mass_of_causal_rows(device, case, poisoned, monkeypatch):
     rows, keys = operands.spans[0].shape[1], -(-operands.k.shape[2] // operands.cut.tokens)
     hi = torch.arange(1, rows + 1, dtype=torch.int32, device=device).clamp(max=keys)[None]
     operands = operands._replace(spans=(torch.zeros_like(hi), hi))
-    monkeypatch.setattr(cells, "FLOAT_TILE", cells.Tile(16, 16, 32, 4, 2))
+    monkeypatch.setattr(cell_tiles, "FLOAT_TILE", cell_tiles.Tile(16, 16, 32, 4, 2))
     whole = cells.cell_mass(operands, lambda rows: keys)
     monkeypatch.setattr(cells, "WORKSPACE", 1)
     narrow = cells.cell_mass(operands, lambda rows: min(rows, keys))
@@ -137,12 +137,18 @@ def test_tiles_fit_registers_and_shared_memory(item_size, block, tokens):
         cut = Cut(tokens, block // tokens, 1) if by_query else Cut(tokens, 1, block // tokens)
         if 0 in cut:
             continue
-        tile = cells.tile_of(item_size, cut, 128, by_query=by_query)
+        tile = cell_tiles.tile_of(item_size, cut, 128, by_query=by_query)
         assert tile.block_m * tile.block_n <= 32 * 128 * tile.warps
         assert (tile.block_m + tile.block_n) * tile.block_d * item_size * tile.stages <= 200 * 1024
         assert (tile.block_m % cut.rows if by_query else tile.block_n % cut.columns) == 0
         if block <= 128:
-            tuned = cells.FLOAT_TILE if item_size == 4 else cells.LONG_TILE if tokens == 16 else cells.HALF_TILE
+            tuned = (
+                cell_tiles.FLOAT_TILE
+                if item_size == 4
+                else cell_tiles.LONG_TILE
+                if tokens == 16
+                else cell_tiles.HALF_TILE
+            )
             sides = (max(tuned.block_m, cut.rows), tuned.block_n) if by_query else (
                 tuned.block_m, max(tuned.block_n, cut.columns))  # fmt: skip
             assert tile == tuned._replace(block_m=sides[0], block_n=sides[1])
