@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -173,6 +174,7 @@ def results_page(results: Path = RESULTS) -> str:
 
 def main() -> None:
     """Rewrite README.md's figures and bench/RESULTS.md."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     path = ROOT / "README.md"
     path.write_text(written(path.read_text(), headlines(), sentences()))
     (ROOT / "bench" / "RESULTS.md").write_text(results_page())

@@ -24,12 +24,12 @@ caller (tokens a cell)        TFLOP        exponentials  workspace   H100, the k
 ============================  ===========  ============  ==========  ============================================
 XAttention (16)               4.4          1.1 G         1.1 GB      7.9 ms, products; PyTorch 16
 CoSA (8)                      8.8          0.3 G         2.1 GB      15.3 ms, products; PyTorch 20 to 30
-ProxyAttn (1, 4 of 32 heads   1.1          2.2 G, two    1.1 GB      6.6 ms, its budgets' included; PyTorch 20
+ProxyAttn (1, 4 of 32 heads   1.1          4.3 G, two    0.5 GB      6.6 ms, its budgets' included; PyTorch 20
 and 1 of 8 queries)                        planes
 VecAttention (1 of 128        0.6          none          0.1 GB      3.0 ms; PyTorch 4
 queries)
 FlashPrefill (mean keys)      0.6          2.1 G         0.1 GB      4.9 ms; PyTorch 30
-oracle (1)                    35           275 G         17 GB       130 ms estimated, exponentials
+oracle (1)                    70           275 G         17 GB       130 ms estimated, products
 ============================  ===========  ============  ==========  ============================================
 
 Short logits, of a head's dims, wait for their operands: four warps a program, so that two share a multiprocessor.

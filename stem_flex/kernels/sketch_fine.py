@@ -20,7 +20,7 @@ tile and the next tile's list are on their way; over the list again, from L to s
 and L, as sums against the largest logit of their tile as in `sketch_sums`, lie in global memory and are read back by
 the program that wrote them. A program is one warp: it waits for its gathers, and many of them fit a multiprocessor.
 Two or four neighbouring rows a program, gathering the union of what they propose (1.2 times a row's for two), halve
-the bytes from L2, and were slower (3.0 to 4.5 ms where one row a program took 2.5): fewer warps fit.
+the bytes from L2, and were slower (3.0 to 4.5 ms where one row a program then took 2.5): fewer warps fit.
 
 Model, a head, with C proposed blocks a row of P x R proxies: ``2*D*P_UP*R * C*Qb`` operations, ``P*R * C*Qb`` exp2,
 ``R*D*e * C*Qb`` bytes of keys from L2 and ``4*P * C*Qb`` of L and coarse sums. 128K tokens of 32 heads, D=128, the
