@@ -126,8 +126,8 @@ class Tail(NamedTuple):
     """The last real queries of each batch row.
 
     q: (B, Hq, R, D). start, end: int32 (1 or B, R), the keys of each, empty for one that stands for none.
-    real: bool (1 or B, R). position: int (1 or B,), one past the last query's place among the keys. all_real: whether
-    the host knows that every one of them sees a key. clear: all of them see all keys before this one.
+    real: bool (1 or B, R). position: int (1 or B,), one past the last query's place among the keys. clear: all of
+    them see all keys before this one, as far as the host knows; not 0: every one of them sees a key.
     """
 
     q: Tensor
@@ -135,7 +135,6 @@ class Tail(NamedTuple):
     end: Tensor
     real: Tensor
     position: Tensor
-    all_real: bool
     clear: int
 
 
@@ -160,13 +159,13 @@ def tail_of(q: Tensor, bound: BoundLayout, rows: int, name: str) -> Tail:
         real = torch.ones(1, rows, dtype=torch.bool, device=q.device)
         clear = clear_keys(bound, length - rows)
         first, last = spans.start[:, part], spans.end[:, part]
-        return Tail(q[:, :, part], first, last, real, offset + length, clear > 0, clear)
+        return Tail(q[:, :, part], first, last, real, offset + length, clear)
     index = bound.query_end[:, None] - rows + torch.arange(rows, device=q.device)
     real = index >= bound.query_start[:, None]
     index = index.clamp(min=0, max=length - 1).long()
     picked = q.gather(2, index[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
     start, end = (x.expand(index.shape[0], -1).gather(1, index) for x in spans)
-    return Tail(picked, start, torch.where(real, end, start), real, offset + bound.query_end, False, 0)
+    return Tail(picked, start, torch.where(real, end, start), real, offset + bound.query_end, 0)
 
 
 def tail_attention(tail: Tail, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,7 +193,7 @@ def tail_attention(tail: Tail, k: Tensor) -> tuple[Tensor, Tensor]:
         logits[..., :rows] = -math.inf
         logits[..., rows + tail.clear :].masked_fill_(hidden, -math.inf)
         weights = logits.softmax(-1, dtype=wide)
-        weights = weights if tail.all_real else weights.masked_fill_(empty, 0.0)
+        weights = weights if tail.clear else weights.masked_fill_(empty, 0.0)
         columns.append(weights[..., rows:].sum(2))
         found = diagonal_sums(weights).gather(2, diagonal.clamp(min=0, max=length + rows))
         diagonals.append(found * inside)
