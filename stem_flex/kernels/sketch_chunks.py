@@ -105,8 +105,8 @@ class Chunks:
         sizes, summed = self.sketches[0], self.sketches[-1]
         item = 4 if item_size == 4 else 2
         column = sizes.heads * sum(summed.sketch[:2]) * item
-        found = sum(sizes.sketch[:2]) * places(self.capacity) * (item + 4 / sketch_fine.TILE)
-        row = int(sizes.heads * (4 * self.capacity + found))
+        found = sum(sizes.sketch[:2]) * places(self.capacity)
+        row = sizes.heads * (4 * self.capacity + item * found + 4 * found // sketch_fine.TILE)
         most = ROWS * (row + column * aligned(sizes.k_blocks))
         workspace = max(WORKSPACE_BYTES, min(MOST_WORKSPACE_BYTES, most))
         blocks = sizes.q_blocks, sizes.k_blocks, sizes.block_q, sizes.block_k

@@ -136,12 +136,11 @@ def _fine_kernel(
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, P_UP: tl.constexpr,
     OUTLIERS: tl.constexpr, K_OUTLIERS: tl.constexpr, K_MEANS: tl.constexpr, COARSE: tl.constexpr, A_UP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr, LOG_TOKENS: tl.constexpr, BLOCK_J: tl.constexpr, TILES: tl.constexpr,
-    CAPACITY: tl.constexpr, SLACK: tl.constexpr, SCAN: tl.constexpr, TILE: tl.constexpr, READ: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    CAPACITY: tl.constexpr, PLACES: tl.constexpr, SLACK: tl.constexpr, SCAN: tl.constexpr, TILE: tl.constexpr,
+    READ: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """(b, kv head) slowest, then rows, last first, then the heads of the group: they gather from the same keys."""
     GROUP: tl.constexpr = Q_HEADS // KV_HEADS
-    PLACES: tl.constexpr = (CAPACITY + READ - 1) // READ * READ
     pid = tl.program_id(0)
     bkv = pid // (count * GROUP)
     b = (bkv // KV_HEADS).to(tl.int64)
@@ -246,8 +245,8 @@ def _fine_meta(fine: Fine, item_size: int) -> tuple[float, dict[str, object]]:
         K_MEANS=key_means, COARSE=fine.coarse.sketch.query_outliers,
         A_UP=triton.next_power_of_2(fine.coarse.sketch.query_outliers + 1), BLOCK_Q=sizes.block_q, BLOCK=sizes.block_k,
         LOG_TOKENS=log2(sizes.block_k / key_means), BLOCK_J=sizes.tile.block_j, TILES=16, CAPACITY=fine.capacity,
-        SLACK=SLACK, SCAN=SCAN, TILE=TILE, READ=READ, PRECISION="ieee" if item_size == 4 else "tf32",
-        UPCAST=INTERPRETED, num_warps=WARPS, num_stages=STAGES,
+        PLACES=places(fine.capacity), SLACK=SLACK, SCAN=SCAN, TILE=TILE, READ=READ,
+        PRECISION="ieee" if item_size == 4 else "tf32", UPCAST=INTERPRETED, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
 
 
