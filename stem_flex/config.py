@@ -49,7 +49,7 @@ class StemConfig:
         sketch: proxies of a block: (outlying queries, means of queries, outlying keys, means of keys).
         coarse: only with ``budget="mass"``: (outlying queries, outlying keys) that with the mean of each block make a
             coarser sketch of every pair, so that ``sketch`` looks only at the blocks that this one proposes
-            (:mod:`stem_flex.selectors.sketch`); None: at all.
+            (:mod:`stem_flex.selectors.sketch`), for a threshold of at least 1e-30; None: at all.
         budget: ``"tpd"`` counts blocks by the schedule. With ``routing="sketch"`` also a threshold on the estimated
             mass: ``"mass"`` absolute, ``"peak"`` relative to the row's best, ``"coverage"`` cumulative, see
             :class:`stem_flex.budget.Mass`; mu then raises the threshold along the prompt.

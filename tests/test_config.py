@@ -91,3 +91,35 @@ def test_block_sizes_of_queries_and_keys():
 def test_wrong_options_are_refused(options, error, match):
     with pytest.raises(error, match=match):
         StemConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"routing": "tokens"}, ValueError, "routing must be one of .* got 'tokens'"),
+        ({"budget": "share"}, ValueError, "budget must be one of .* got 'share'"),
+        ({"routing": "oam", "coarse": None}, ValueError, "budget='mass' needs scores that are masses"),
+        ({"threshold": 0}, ValueError, r"threshold must be a number in \(0, 2\], got 0"),
+        ({"threshold": 1.5, "budget": "peak", "coarse": None}, ValueError, r"threshold must be .* \(0, 1\], got 1\.5"),
+        ({"threshold": 1e-31}, ValueError, r"threshold must be at least 1e-30 with coarse=\(4, 1\), got 1e-31; coarse"),
+        ({"floor": 2.0}, TypeError, r"floor must be an int, got 2\.0"),
+        ({"cap": 0}, ValueError, "cap must be 1 or more, got 0"),
+        ({"floor": 9, "cap": 8}, ValueError, "cap must be at least floor=9, got 8"),
+        ({"sketch": (4, 8, 4)}, TypeError, "sketch must be four ints"),
+        ({"sketch": (16, 3, 4, 8)}, ValueError, "means that are powers of two up to the blocks"),
+        ({"sketch": (129, 8, 4, 8)}, ValueError, "at most as many outliers as a block has tokens"),
+        ({"coarse": 4}, TypeError, "coarse must be two ints .* got 4"),
+        ({"coarse": (4, 5)}, ValueError, r"coarse must have at most the sketch's outliers \(16, 4\), got \(4, 5\)"),
+        ({"budget": "coverage"}, ValueError, "coarse needs budget='mass', .* got 'coverage'"),
+    ],
+)
+def test_wrong_options_of_a_mass_budget_are_refused(options, error, match):
+    given = {"routing": "sketch", "budget": "mass", "coarse": (4, 1)}
+    with pytest.raises(error, match=match):
+        StemConfig(**(given | options))
+
+
+def test_the_least_threshold_of_a_coarse_sketch():
+    given = {"routing": "sketch", "budget": "mass"}
+    assert StemConfig(**given, coarse=(4, 1), threshold=1e-30).coarse == (4, 1)
+    assert StemConfig(**given, threshold=1e-31).coarse is None
