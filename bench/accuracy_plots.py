@@ -14,6 +14,7 @@ from .report import short
 
 
 def subplots(count: int, height: float = 4.6, rows: int = 1) -> Any:
+    """(pyplot, figure, axes): ``count`` panels side by side, axes by row where there are several rows."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -29,6 +30,7 @@ def subplots(count: int, height: float = 4.6, rows: int = 1) -> Any:
 
 
 def style_of(index: int) -> Row:
+    """Colour, dash and marker of the ``index``-th curve."""
     return {
         "color": COLORS[index % len(COLORS)],
         "ls": "-" if index < len(COLORS) else "--",
@@ -149,6 +151,7 @@ def draw_detail(result: Row, path: Path) -> None:
 
 
 def save(pyplot: Any, figure: Any, path: Path, title: str) -> None:
+    """Write the picture under its title, and let go of it."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK, weight="bold")
     figure.tight_layout(rect=(0, 0, 1, 0.96))
     figure.savefig(path, dpi=150, metadata={"Software": None})

@@ -131,6 +131,7 @@ def layers(rows: Sequence[Row]) -> Row:
 
 
 def by_density(result: Row) -> tuple[list[float], dict[tuple[str, float], Row], list[str]]:
+    """Densities, the main cells by selector and density, and the selectors, dense apart."""
     cells = {(cell["selector"], cell["density"]): cell for cell in result["main"]}
     densities = sorted({density for _, density in cells if density < 1})
     shown = [name for name in dict.fromkeys(name for name, _ in cells) if name != "dense"]

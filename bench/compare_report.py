@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +177,7 @@ def draw(result: Row, path: Path) -> None:
 def _error(axis: Any, cells: list[Row], way: str, index: int) -> None:
     points = sorted((c for c in cells if c["way"] == way), key=lambda cell: cell["computed"])
     axis.plot([100 * c["computed"] for c in points], [c["error"] for c in points], lw=1.5, ms=4, **style_of(index))
-    for cell in (c for c in cells if c["way"] == "native"):
-        style = style_of(index)
-        axis.plot(100 * cell["computed"], cell["error"], style["marker"], ms=6, mfc="none", color=style["color"])
+    _native(axis, cells, index, lambda cell: cell["error"])
 
 
 def _curve(axis: Any, cells: list[Row], way: str, index: int) -> None:
@@ -190,9 +188,13 @@ def _curve(axis: Any, cells: list[Row], way: str, index: int) -> None:
         xs = [100 * c["computed"] * (1 + 0.008 * (index % 7 - 3)) for c in points]
         errors = np.clip(errors, 0, None)
         axis.errorbar(xs, ys, errors, lw=1.5, ms=4, elinewidth=0.6, **style_of(index))
+    _native(axis, cells, index, lambda cell: cell["all"]["share"])
+
+
+def _native(axis: Any, cells: list[Row], index: int, height: Callable[[Row], float]) -> None:
+    style = style_of(index)
     for cell in (c for c in cells if c["way"] == "native"):
-        style = style_of(index)
-        axis.plot(100 * cell["computed"], cell["all"]["share"], style["marker"], ms=6, mfc="none", color=style["color"])
+        axis.plot(100 * cell["computed"], height(cell), style["marker"], ms=6, mfc="none", color=style["color"])
 
 
 def _bars(axis: Any, rows: list[Row]) -> None:

@@ -172,9 +172,9 @@ def results_page(results: Path = RESULTS) -> str:
     return "# Results\n\nWritten by `python -m bench.readme` from `bench/results`, as measured.\n\n" + text
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Rewrite README.md's figures and bench/RESULTS.md."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
     path = ROOT / "README.md"
     path.write_text(written(path.read_text(), headlines(), sentences()))
     (ROOT / "bench" / "RESULTS.md").write_text(results_page())
