@@ -288,7 +288,11 @@ def distributed_line(result: dict[str, Any]) -> str:
     """Speed-ups in one sentence."""
     words = {"tensor": "by heads", "context": "by rows"}
     rows = [row for row in result["rows"] if "speed_up" in row]
-    found = ", ".join(f"{row['speed_up']:.2f} {words[row['mode']]} at {short(row['tokens'])} tokens" for row in rows)
+    found = ", ".join(
+        f"{row['one_card']['fastest_ms'] / row['parallel']['ms']['median']:.2f} {words[row['mode']]} at "
+        f"{short(row['tokens'])} tokens"
+        for row in rows
+    )
     cards = f"{result['ranks']} cards ({result['environment']['gpu'] or 'CPU'})"
     notes = "".join(f" {row['note']}" for row in rows if "note" in row)
     return (
