@@ -9,33 +9,8 @@ from typing import Any
 import numpy as np
 
 from .accuracy_report import PROTOCOLS, Row, by_density
-from .plots import COLORS, GRID, INK
+from .plots import COLORS, INK, legend_below, legend_under, save, style_of, subplots
 from .report import short
-
-
-def subplots(count: int, height: float = 4.6, rows: int = 1) -> Any:
-    """(pyplot, figure, axes): ``count`` panels side by side, axes by row where there are several rows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(rows, count, figsize=(5.6 * count, height * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.grid(True, color=GRID, lw=0.7)
-        axis.set_axisbelow(True)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
-    return pyplot, figure, axes[0] if rows == 1 else axes
-
-
-def style_of(index: int) -> Row:
-    """Colour, dash and marker of the ``index``-th curve."""
-    return {
-        "color": COLORS[index % len(COLORS)],
-        "ls": "-" if index < len(COLORS) else "--",
-        "marker": "os^Dv"[index % 5],
-    }
 
 
 def draw(result: Row, path: Path) -> None:
@@ -68,7 +43,7 @@ def draw(result: Row, path: Path) -> None:
         axis.set_xticks([100 * d for d in densities], [f"{d:.0%}" for d in densities])
         axis.minorticks_off()
         axis.set_xlabel("computed block pairs", color=INK)
-    axes[1].legend(frameon=False, fontsize=8)
+    legend_below(figure, axes[:1], 10)
     save(pyplot, figure, path, f"Accuracy against density, prompts of {short(result['environment']['length'])} tokens")
 
 
@@ -88,10 +63,7 @@ def draw_models(results: Sequence[tuple[str, Row]], path: Path) -> None:
             errors = [ys - [c["all"]["low"] for _, c in points], [c["all"]["high"] for _, c in points] - ys]
             top.errorbar(xs, ys, np.clip(errors, 0, None), lw=1.8, ms=4.5, elinewidth=0.8, label=name, **styles[name])
             bottom.plot(xs, [cell["extra_loss"] for _, cell in points], lw=1.8, ms=4.5, **styles[name])
-        for cell in result.get("rules", []):
-            style = styles[cell["selector"]] | {"ls": "none", "marker": "*"}
-            top.plot(100 * cell["all"].get("computed", cell["computed"]), cell["all"]["share"], ms=10, **style)
-            bottom.plot(100 * cell["computed"], cell.get("extra", np.nan), ms=10, **style)
+        _rules(top, bottom, result.get("rules", []), styles)
         dense = cells.get(("dense", 1.0))
         if dense:
             top.axhline(dense["all"]["share"], color=INK, lw=1.1, ls=":", label="dense")
@@ -105,19 +77,23 @@ def draw_models(results: Sequence[tuple[str, Row]], path: Path) -> None:
         bottom.set_xlabel("computed block pairs", color=INK)
     axes[0][0].set_ylabel("answers right, every row sparse", color=INK)
     axes[1][0].set_ylabel("added loss on text, nats a token", color=INK)
-    _legend_of_models(axes, styles)
-    save(pyplot, figure, path, "Accuracy against density, by model; stars: a budget rule")
+    axes[0][0].plot([], [], ls="none", marker="*", ms=10, color=INK, label="threshold of mass: its value")
+    legend_below(figure, axes[0], 7)
+    save(pyplot, figure, path, "Accuracy against density, by model; stars: the blocks whose mass exceeds a threshold")
 
 
-def _legend_of_models(axes: Any, styles: Mapping[str, Any]) -> None:
-    """Every selector once, whichever panels it is in, beside the title."""
-    handles: dict[str, Any] = {}
-    for axis in axes[0]:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    names = [name for name in ("dense", *styles) if name in handles]
-    place = {"loc": "upper right", "bbox_to_anchor": (1.0, 0.96), "ncols": len(names), "fontsize": 8}
-    axes[0][0].figure.legend([handles[name] for name in names], names, frameon=False, **place)
+def _rules(top: Any, bottom: Any, rules: Sequence[Row], styles: Mapping[str, Any]) -> None:
+    """A star for every budget rule, with its threshold beside it, in both panels of a model."""
+    for cell in rules:
+        style = styles[cell["selector"]] | {"ls": "none", "marker": "*", "ms": 10}
+        label = cell["rule"].removeprefix("mass:")
+        points = {
+            top: (100 * cell["all"].get("computed", cell["computed"]), cell["all"]["share"]),
+            bottom: (100 * cell["computed"], cell.get("extra", np.nan)),
+        }
+        for axis, point in points.items():
+            axis.plot(*point, **style)
+            axis.annotate(label, point, (0, 7), textcoords="offset points", ha="center", fontsize=8, color=INK)
 
 
 def draw_detail(result: Row, path: Path) -> None:
@@ -145,14 +121,6 @@ def draw_detail(result: Row, path: Path) -> None:
             )
         axis.set_title(f"{title}, at {found['density']:.0%}", loc="left", fontsize=10.5, color=INK)
         axis.set_xlabel("layer", color=INK)
-    axes[0].legend(frameon=False, fontsize=8)
-    axes[2].legend(frameon=False, fontsize=8)
+    legend_under(axes[0], 2)
+    legend_under(axes[1], 4)
     save(pyplot, figure, path, "Where a selection loses")
-
-
-def save(pyplot: Any, figure: Any, path: Path, title: str) -> None:
-    """Write the picture under its title, and let go of it."""
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK, weight="bold")
-    figure.tight_layout(rect=(0, 0, 1, 0.96))
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    pyplot.close(figure)

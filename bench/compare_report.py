@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .accuracy_plots import save, style_of, subplots
 from .accuracy_report import _table, pooled
-from .plots import GRID, INK
+from .plots import GRID, INK, save, style_of, subplots
 from .report import share, short, show
 
 Row = dict[str, Any]
@@ -143,7 +142,7 @@ def speed_words(result: Row) -> str:
 
 def draw(result: Row, path: Path) -> None:
     """Answers, with intervals, and output error by density in both ways, native points hollow; times."""
-    pyplot, figure, axes = subplots(3, 5.2, rows=2)
+    pyplot, figure, axes = subplots(3, rows=2, size=(5.6, 5.2))
     named = list(dict.fromkeys(cell["selector"] for cell in result["cells"] if cell["selector"] != "dense"))
     dense = next((c["all"] for c in result["cells"] if c["selector"] == "dense" and "all" in c), None)
     for column, way in enumerate(WAYS):
@@ -194,7 +193,7 @@ def _curve(axis: Any, cells: list[Row], way: str, index: int) -> None:
 def _native(axis: Any, cells: list[Row], index: int, height: Callable[[Row], float]) -> None:
     style = style_of(index)
     for cell in (c for c in cells if c["way"] == "native"):
-        axis.plot(100 * cell["computed"], height(cell), style["marker"], ms=6, mfc="none", color=style["color"])
+        axis.plot(100 * cell["computed"], height(cell), marker=style["marker"], ms=6, mfc="none", color=style["color"])
 
 
 def _bars(axis: Any, rows: list[Row]) -> None:
