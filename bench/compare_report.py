@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .accuracy_report import _table, pooled
-from .plots import GRID, INK, save, style_of, subplots
 from .report import share, short, show
 
 Row = dict[str, Any]
 Key = tuple[str, str, float | None]
-TICKS = (5, 10, 15, 25, 40, 60, 100)
 WAYS = {
     "count": "the same number of blocks for every row",
     "rule": "its own rule, one number for all layers and heads",
@@ -31,7 +29,9 @@ def write(path: Path) -> Row:
     show("native settings", *native_table(result))
     for row in result["failures"]:
         print(f"failed: {row['what']}: {row['error']}")
-    draw(result, path.with_suffix(".png"))
+    from . import compare_plots  # which reads results by what is here
+
+    compare_plots.draw(result, path.with_suffix(".png"))
     return result
 
 
@@ -116,9 +116,9 @@ dense, or sparse too. text: added loss on unseen text, nats a token.
 
 ## Native settings
 
-Times: one layer of {speed_words(result)}, median milliseconds, each part alone.
-
 """
+    if timed := speed_words(result):
+        text += f"Times: {timed}, of {MADE}; median milliseconds, each part alone.\n\n"
     text += _table(*native_table(result))
     densities = sorted({cell["wanted"] for cell in result["cells"] if cell["wanted"] is not None})
     for density in densities:
@@ -126,86 +126,29 @@ Times: one layer of {speed_words(result)}, median milliseconds, each part alone.
             columns, lines = matched_table(result, way, density)
             if lines:
                 text += f"\n## {density:.0%} of the blocks: {words}\n\n" + _table(columns, lines)
+                if way == "rule" and (said := unreached(result, density)):
+                    text += f"\n{said}\n"
     if result["failures"]:
         text += "\n## Failures\n\n" + _table(["what", "error"], [[r["what"], r["error"]] for r in result["failures"]])
     return text
 
 
 def speed_words(result: Row) -> str:
+    """What was timed: the size of a layer, "" where nothing was."""
     info, rows = result["environment"], result["speed"]
-    length = short(rows[0]["length"]) if rows else "no"
-    return f"{length} tokens, {info.get('heads')}/{info.get('kv_heads')} heads of {info.get('dim')}"
+    if not rows:
+        return ""
+    heads = f"{info.get('heads')}/{info.get('kv_heads')} heads of {info.get('dim')}"
+    return f"one layer of {short(rows[0]['length'])} tokens, {heads}"
 
 
-# ---- figure ------------------------------------------------------------------------------------------------------
+MADE = "made vectors (`bench.compare.made_inputs`: a sink, rotary phases, topics that come back), not a model's"
 
 
-def draw(result: Row, path: Path) -> None:
-    """Answers, with intervals, and output error by density in both ways, native points hollow; times."""
-    pyplot, figure, axes = subplots(3, rows=2, size=(5.6, 5.2))
-    named = list(dict.fromkeys(cell["selector"] for cell in result["cells"] if cell["selector"] != "dense"))
-    dense = next((c["all"] for c in result["cells"] if c["selector"] == "dense" and "all" in c), None)
-    for column, way in enumerate(WAYS):
-        top, bottom = axes[0][column], axes[1][column]
-        for index, name in enumerate(named):
-            cells = [c for c in result["cells"] if c["selector"] == name]
-            _curve(top, [c for c in cells if "all" in c], way, index)
-            _error(bottom, [c for c in cells if "error" in c], way, index)
-        if dense:
-            top.axhline(dense["share"], color=INK, lw=1.1, ls=":")
-        top.set_ylim(-0.03, 1.03)
-        top.set_ylabel("answers exactly right, every row sparse", color=INK)
-        top.set_title(WAYS[way] + "; hollow: native", loc="left", fontsize=10, color=INK)
-        bottom.set_yscale("log")
-        bottom.set_ylabel("relative error of the attention output", color=INK)
-        for axis in (top, bottom):
-            axis.set_xscale("log")
-            axis.set_xticks(TICKS, [f"{tick}" for tick in TICKS])
-            axis.minorticks_off()
-            axis.set_xlabel("computed block pairs, %", color=INK)
-    _bars(axes[0][2], [row for row in result["speed"] if row["way"] == "native" and "selection" in row])
-    axes[0][2].set_title(f"one layer of {speed_words(result)}, native", loc="left", fontsize=10, color=INK)
-    axes[1][2].axis("off")
-    for index, name in enumerate(named):  # every one, whether or not it has a point in some panel
-        axes[1][2].plot([], [], lw=1.5, ms=5, label=name, **style_of(index))
-    axes[1][2].plot([], [], color=INK, lw=1.1, ls=":", label="dense")
-    axes[1][2].legend(frameon=False, fontsize=10, ncols=2, loc="center")
-    save(pyplot, figure, path, "Published selectors side by side")
-
-
-def _error(axis: Any, cells: list[Row], way: str, index: int) -> None:
-    points = sorted((c for c in cells if c["way"] == way), key=lambda cell: cell["computed"])
-    axis.plot([100 * c["computed"] for c in points], [c["error"] for c in points], lw=1.5, ms=4, **style_of(index))
-    _native(axis, cells, index, lambda cell: cell["error"])
-
-
-def _curve(axis: Any, cells: list[Row], way: str, index: int) -> None:
-    points = sorted((c for c in cells if c["way"] == way), key=lambda cell: cell["computed"])
-    if points:
-        ys = np.array([cell["all"]["share"] for cell in points])
-        errors = [ys - [c["all"]["low"] for c in points], [c["all"]["high"] for c in points] - ys]
-        xs = [100 * c["computed"] * (1 + 0.008 * (index % 7 - 3)) for c in points]
-        errors = np.clip(errors, 0, None)
-        axis.errorbar(xs, ys, errors, lw=1.5, ms=4, elinewidth=0.6, **style_of(index))
-    _native(axis, cells, index, lambda cell: cell["all"]["share"])
-
-
-def _native(axis: Any, cells: list[Row], index: int, height: Callable[[Row], float]) -> None:
-    style = style_of(index)
-    for cell in (c for c in cells if c["way"] == "native"):
-        axis.plot(100 * cell["computed"], height(cell), marker=style["marker"], ms=6, mfc="none", color=style["color"])
-
-
-def _bars(axis: Any, rows: list[Row]) -> None:
-    rows = sorted(rows, key=lambda row: -row["selection"])
-    places = np.arange(len(rows))
-    axis.barh(places + 0.2, [row["selection"] for row in rows], 0.38, color="#d1495b", label="selection")
-    axis.barh(places - 0.2, [row["attention"] for row in rows], 0.38, color="#2e86ab", label="attention")
-    for place, row in zip(places, rows, strict=True):
-        axis.annotate(f" {row['density']:.0%}", (row["attention"], place - 0.2), va="center", fontsize=7, color=INK)
-    axis.set_yticks(places, [row["selector"] for row in rows], fontsize=8)
-    axis.set_xscale("log")
-    axis.set_xlabel("ms (at the bars: density)", color=INK)
-    axis.grid(True, axis="x", color=GRID, lw=0.7)
-    if rows:
-        axis.legend(frameon=False, fontsize=8)
+def unreached(result: Row, density: float) -> str:
+    """A sentence on the selectors whose own rule keeps far more than ``density`` at its least number, or ""."""
+    least = [row for row in result["rules"] if row["density"] == density and row["kept"] > 1.5 * density]
+    if not least:
+        return ""
+    found = "; ".join(f"{row['selector']} {row['kept']:.0%}" for row in least)
+    return f"Not reached, since the own rule keeps at least so much whatever its number: {found}."

@@ -49,7 +49,13 @@ COLUMNS = {
     "stem_auto": "auto",
 }
 OVER = {"fa2": "over FA2", "cudnn": "over cuDNN", "fa4": "over FA4"}
-BUDGETS = {"mass": "StemConfig.mass()", "coarse": "StemConfig.mass(sketch=(8, 8, 4, 8), coarse=(4, 1))"}
+BUDGETS = {  # by bench.prefill's --config
+    "default": "StemConfig()",
+    "operator": "StemConfig.operator()",
+    "paper": "StemConfig.paper()",
+    "mass": "StemConfig.mass()",
+    "coarse": "StemConfig.mass(sketch=(8, 8, 4, 8), coarse=(4, 1))",
+}
 
 
 def prefill(result: dict[str, Any]) -> str:
@@ -191,21 +197,22 @@ def selectors(result: dict[str, Any]) -> str:
 
 def _compared(result: dict[str, Any]) -> str:
     """What the columns of a comparison say."""
-    from .compare_report import speed_words
+    from .compare_report import MADE, speed_words
 
-    where = result["environment"]
+    where, timed = result["environment"], speed_words(result)
+    said = f" Times: {timed}, of {MADE}; median ms of selection and attention, each alone, and the density."
     asked = max((cell["all"]["samples"] for cell in result["cells"] if "all" in cell), default=0)
     return (
         f"The shipped model on {short(where['length'])}-token prompts, {asked} a cell: density of text, attention mass "
         f"on computed blocks and error of the attention output on dense activations, answers exactly right with the "
-        f"prompt's rows sparse or all of them (95 % Wilson intervals), nats a token added on text. One layer of "
-        f"{speed_words(result)}: median ms of selection and attention, each alone, and its density."
+        f"prompt's rows sparse or all of them (95 % Wilson intervals), nats a token added on text."
+        + (said if timed else "")
     )
 
 
 def compare(result: dict[str, Any]) -> str:
     """The same at equal densities: by counts, and by each selector's own rule."""
-    from .compare_report import WAYS, matched_table
+    from .compare_report import WAYS, matched_table, unreached
 
     text = selectors(result).replace("\nAt equal densities: [bench/RESULTS.md](bench/RESULTS.md).\n", "")
     for density in sorted({cell["wanted"] for cell in result["cells"] if cell["wanted"] is not None}):
@@ -213,12 +220,14 @@ def compare(result: dict[str, Any]) -> str:
             columns, rows = matched_table(result, way, density)
             if rows:
                 text += f"\n{density:.0%} of the blocks, {words}:\n\n" + markdown(columns, rows)
+                if way == "rule" and (said := unreached(result, density)):
+                    text += f"\n{said}\n"
     return text
 
 
 def speeds(result: dict[str, Any]) -> str:
     """Times of selection and of attention by another backend."""
-    from .compare_report import speed_words
+    from .compare_report import MADE, speed_words
 
     where = result["environment"]
     rows = [
@@ -227,8 +236,8 @@ def speeds(result: dict[str, Any]) -> str:
         if "selection" in row
     ]
     return (
-        f"Selection and attention by {result['speed'][0]['backend'].upper()}, median ms, one layer of "
-        f"{speed_words(result)}: {run(where)}. native: at its own settings; count: "
+        f"Selection and attention by {result['speed'][0]['backend'].upper()}, median ms, {speed_words(result)}, of "
+        f"{MADE}: {run(where)}. native: at its own settings; count: "
         f"{result['environment']['density']:.0%} of the blocks, "
         "the same number for every row.\n\n"
         + markdown(["selector", "settings", "selection", "attention", "density"], rows)

@@ -87,7 +87,16 @@ def test_the_report_pools_passes(tmp_path):
     page = (tmp_path / "compare.md").read_text()
     assert "25% of the blocks: its own rule" in page
     assert "ValueError: no" in page
+    assert "one layer of" not in page  # nothing was timed
     assert (tmp_path / "compare.png").exists()
+
+
+def test_a_rule_that_reaches_no_lower_density_is_named():
+    rules = [
+        {"selector": name, "density": 0.25, "kept": kept} for name, kept in (("a-shape", 0.26), ("spargeattn", 1.0))
+    ]
+    assert compare_report.unreached({"rules": rules}, 0.25).endswith("whatever its number: spargeattn 100%.")
+    assert compare_report.unreached({"rules": rules[:1]}, 0.25) == compare_report.unreached({"rules": rules}, 0.1) == ""
 
 
 def test_speeds_alone_draw_no_empty_legend(tmp_path, recwarn):
