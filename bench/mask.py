@@ -262,6 +262,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--check-rows", type=int, default=4, help="block rows checked before timing")
     parser.add_argument("--tolerance", type=float, default=2e-2, help="score gap allowed between swapped blocks")
     parser.add_argument("--out", type=Path, default=report.RESULTS)
+    parser.add_argument("--report", action="store_true", help="measure nothing, draw from mask.json")
     return parser.parse_args(arguments)
 
 
@@ -275,6 +276,10 @@ def choose_config(name: str) -> stem_flex.StemConfig:
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Run, print, write; returns the rows."""
     options = parse(arguments)
+    if options.report:
+        header, rows = report.read(options.out / "mask.json")
+        present(rows, argparse.Namespace(**header["options"] | {"out": options.out}), header)
+        return rows
     config = choose_config(options.config)
     header = {"environment": report.environment(), "options": vars(options)}
     rows = []

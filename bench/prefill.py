@@ -2,7 +2,7 @@
 
 Every cell is checked on sampled rows against an explicit float32 gather before it is timed; one that fails
 is reported and not timed. A cell that would take longer than ``--cell-seconds`` a call, going by the length
-before it, is left blank: nothing is extrapolated.
+before it, is left blank: nothing is extrapolated. ``--report`` measures nothing and draws again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from stem_flex.attention import sparse_prefill
 
 from . import activations, check, dense, plots, report
 from .mask import choose_config
+from .result_tables import BUDGETS
 
 DENSE = ("fa2", "cudnn", "flex", "fa4", "sdpa")
 LENGTHS = "4K,8K,16K,32K,64K,128K,256K,512K,1M"
@@ -184,7 +185,7 @@ def present(rows: list[dict[str, Any]], options: argparse.Namespace, header: dic
     autos = ["stem_auto"] if options.auto else []
     machine = header["environment"]["gpu"] or "CPU"
     heads = f"{options.heads}/{options.kv_heads} heads of {options.dim}"
-    title = f"Causal prefill, {machine}, {heads}, {options.dtype}, {options.config} budget"
+    title = f"Causal prefill by {BUDGETS[options.config]}, {machine}, {heads}, {options.dtype}"
     times = [
         [report.short(row["tokens"]), *(_cell(row, name) for name in [*dense_names, *stems, *autos])] for row in rows
     ]
@@ -301,6 +302,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--check-rows", type=int, default=16, help="(head, query) rows checked before timing")
     parser.add_argument("--tolerance", type=float, default=2e-2, help="relative error allowed on sampled rows")
     parser.add_argument("--out", type=Path, default=report.RESULTS)
+    parser.add_argument("--report", action="store_true", help="measure nothing, draw from the JSON of --config")
     options = parser.parse_args(arguments)
     if options.inputs == "model" and (options.heads, options.kv_heads, options.bshd) != (32, 8, False):
         parser.error("--inputs model has 32 query and 8 key heads")
@@ -312,6 +314,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Run, print, write; returns the rows."""
     options = parse(arguments)
+    if options.report:
+        header, rows = report.read(options.out / f"{file_name(options)}.json")
+        present(rows, argparse.Namespace(**header["options"] | {"out": options.out}), header)
+        return rows
     config = choose_config(options.config)
     rate = matmul_rate(torch.device(options.device), report.DTYPES[options.dtype])
     header = {"environment": report.environment(), "options": vars(options), "matmul_tflops": round(rate, 3)}

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -254,6 +254,13 @@ def write(directory: Path, name: str, rows: Sequence[dict[str, Any]], **header: 
         writer.writeheader()
         writer.writerows(flat)
     return path
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and rows as :func:`write` got them, each timing a :class:`Timing` again."""
+    names = {field.name for field in fields(Timing)}
+    header = json.loads(path.read_text(), object_hook=lambda x: Timing(**x) if x.keys() == names else x)
+    return header, header.pop("rows")
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,14 @@ import stem_flex
 from bench import check, report
 
 
+def drawn_again(bench, folder, name):
+    """The rows that ``--report`` reads; what was measured stays as it is."""
+    before = (folder / f"{name}.json").read_text()
+    rows = bench.main(["--device", "cpu", "--out", str(folder), "--report"])
+    assert (folder / f"{name}.json").read_text() == before
+    return rows
+
+
 def test_mask(tmp_path):
     from bench import mask
 
@@ -23,6 +31,7 @@ def test_mask(tmp_path):
     assert written["environment"]["torch"]
     assert written["rows"][0]["stem"]["ms"]["median"] > 0
     assert (tmp_path / "mask.csv").read_text().startswith("tokens,")
+    assert drawn_again(mask, tmp_path, "mask") == rows
 
 
 def test_prefill(tmp_path):
@@ -37,6 +46,7 @@ def test_prefill(tmp_path):
             assert row[name]["sampled_error"] < 1e-4, row[name]
         assert row["stem_cpu_speed_up"]["sdpa"] > 0
     assert (tmp_path / "prefill.csv").exists()
+    assert drawn_again(prefill, tmp_path, "prefill") == rows
     names = [
         prefill.file_name(prefill.parse(["--device", "cpu", "--config", x])) for x in ("operator", "mass", "coarse")
     ]
