@@ -36,6 +36,7 @@ class Hopper:
 
 driver.set_active(Hopper())
 from stem_flex.kernels import (  # noqa: E402
+    above,
     cells,
     magnitude,
     ops,
@@ -135,9 +136,20 @@ def selected(tokens: int, dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    for module in (cells, magnitude, pool, scores, select, sketch_fine, sketch_mass, sketch_proxies, sketch_sums):
+    for module in (
+        above,
+        cells,
+        magnitude,
+        pool,
+        scores,
+        select,
+        sketch_fine,
+        sketch_mass,
+        sketch_proxies,
+        sketch_sums,
+    ):
         module.launch = compile_only
-    for module in (cells, ops, sketch_ops, sketch_tables):
+    for module in (above, cells, ops, sketch_ops, sketch_tables):
         module._guard = lambda q: contextlib.nullcontext()
     tables(8192, torch.bfloat16, "zscore")
     tables(8192, torch.float16, "log", dim=192, classes=True)
@@ -153,5 +165,6 @@ if __name__ == "__main__":
     selected(4096, torch.float32)
     antidiagonals(8192, torch.bfloat16, 16)
     antidiagonals(8000, torch.bfloat16, 8)
+    above.sums_above(empty(1, HEADS, 1024, 1024, dtype=torch.float32), empty(1, HEADS, 15, dtype=torch.int32))
     for line in compiled.values():
         print(json.dumps(line))

@@ -15,6 +15,7 @@ lengths that are no multiple of the block, and 0 log 0 is 0 in the divergence.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from stem_flex.budget import PREFERRED
 from stem_flex.config import StemConfig
 from stem_flex.layout import Layout
 from stem_flex.plumbing.binding import BoundLayout
+from stem_flex.plumbing.implementation import resolve
 from stem_flex.selectors.minference import block_share
 from stem_flex.selectors.shared import Tail, block_means, hide, own_distance, prepare, product, tail_attention, tail_of
 
@@ -31,6 +33,7 @@ def scores(
     q: Tensor, k: Tensor, v: Tensor, config: StemConfig | None = None, *,
     layout: Layout | BoundLayout | None = None, q_offset: int | Tensor = 0,
     gamma: float = 0.9, tau: float = 0.1, min_budget: int = 1024, max_budget: int | None = None,
+    impl: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Lift the blocks of each head's pattern by PREFERRED over their estimated attention.
 
@@ -42,6 +45,8 @@ def scores(
         gamma: mass to cover. tau: largest distance of a query-aware head; 0 makes all vertical-slash.
         min_budget, max_budget: tokens, for columns and for diagonals; None: no limit. Prompts of up to
             max(256, min_budget) keys are dense.
+        impl: how the largest entries are found: "triton", "torch", or "auto": Triton for CUDA tensors. Nothing falls
+            back silently.
 
     Returns:
         float32 (B, Hq, Qb, Kb): share in [0, 1], lifted inside the pattern, -inf where the layout allows nothing.
@@ -65,27 +70,43 @@ def scores(
     diagonal = _best(slash.masked_fill(nearest, torch.inf), number[1])
     attention = _block_attention(q, k, bound)
     inside = column[:, :, None] | _by_distance(diagonal, bound)
-    inside = inside | (aware[..., None] & largest_within(attention, gamma))
+    inside = inside | (aware[..., None] & largest_within(attention, gamma, resolve(impl, q)))
     if bound.seq_lengths[1] <= max(256, least * block):
         inside = torch.ones_like(inside)
     pattern = (vertical[:, :, None] + _by_distance(slash, bound)) / 2
     return hide(torch.where(aware[..., None], attention, pattern).clamp(max=1.0) + PREFERRED * inside, bound)
 
 
-def largest_within(x: Tensor, part: float) -> Tensor:
+def largest_within(x: Tensor, part: float, impl: str = "torch") -> Tensor:
     """The largest entries of each head's x (B, H, Qb, Kb), no less than 0, whose sum is at most ``part`` of it.
 
-    Found by halving the range of the numbers' bits, 31 times: no sort of Qb Kb entries. Equal entries go together.
+    Found by cutting the range of the numbers' bits, in 2 by PyTorch, in 16 by Triton, until one is left: no sort of
+    Qb Kb entries. Equal entries go together.
     """
-    bits = x.float().view(torch.int32)
-    limit = part * x.sum((2, 3), keepdim=True) * (1 + 1e-6)
-    low = torch.zeros(*x.shape[:2], 1, 1, dtype=torch.int32, device=x.device)
+    x = x.float().contiguous()
+    sums, pieces = (_sums_above, 2) if impl == "torch" else (_kernel(), 16)
+    low = torch.zeros(*x.shape[:2], 1, dtype=torch.int32, device=x.device)
+    limit = part * sums(x, low) * (1 + 1e-6)
     high = torch.full_like(low, 0x7F800000)  # infinity: nothing is kept
-    for _ in range(31):
-        middle = low + (high - low) // 2
-        fits = torch.where(bits >= middle, x, 0).sum((2, 3), keepdim=True) <= limit
-        low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
-    return bits >= high.clamp(min=1)
+    inner = torch.arange(1, pieces, dtype=torch.int32, device=x.device)
+    for _ in range(math.ceil(31 / math.log2(pieces))):
+        step = (high - low + pieces - 1) // pieces
+        bounds = (low + step * inner).clamp(max=high)
+        over = (sums(x, bounds) > limit).sum(-1, keepdim=True, dtype=torch.int32)  # the lowest ones
+        low, high = low + step * over, torch.minimum(low + step * (over + 1), high)
+    return x.view(torch.int32) >= high[..., None].clamp(min=1)
+
+
+def _sums_above(x: Tensor, bounds: Tensor) -> Tensor:
+    """:func:`stem_flex.kernels.above.sums_above` by PyTorch."""
+    bits = x.view(torch.int32)
+    return torch.stack([torch.where(bits >= b[..., None, None], x, 0).sum((2, 3)) for b in bounds.unbind(-1)], -1)
+
+
+def _kernel() -> Callable[[Tensor, Tensor], Tensor]:
+    from stem_flex.kernels.above import sums_above
+
+    return sums_above
 
 
 def _first_block(bound: BoundLayout) -> Tensor | int:

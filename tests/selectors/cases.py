@@ -59,3 +59,11 @@ def agree(name, case, rule, qkv=None, *, fast=None, config=CONFIG, budget=None, 
     expected = loops.kept(rule, *qkv, used, layout=case[5], q_offset=case[6], **options)
     assert torch.equal(kept, expected), f"{int((kept != expected).sum())} of {kept.numel()} differ"
     return kept
+
+
+def longer(case: str) -> tuple:
+    """A case of ONE_PROMPT past the 256 keys up to which FlexPrefill is dense."""
+    batch, heads, kv_heads, q_len, k_len, given, offset = ONE_PROMPT[case]
+    if given is not None:
+        given, offset = layout.padding([261, 310]), 0
+    return batch, heads, kv_heads, q_len + 160, k_len + 160, given, offset

@@ -8,19 +8,16 @@ import torch
 from stem_flex import layout, selectors
 from stem_flex.reference import selectors as loops
 from stem_flex.selectors import flexprefill, shared
-from tests.selectors.cases import CONFIG, ONE_PROMPT, agree, inputs
+from tests.selectors.cases import CONFIG, ONE_PROMPT, agree, inputs, longer
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.3, 2.0])
 @pytest.mark.parametrize("case", ["aligned", "ragged, GQA, batch", "padded left", "chunk"])
 def test_flexprefill(case, tau):
     """Vertical-slash heads (tau 0), query-aware ones (tau 2) and a mixture, against loops; longer than 256 keys."""
-    batch, heads, kv_heads, q_len, k_len, given, offset = ONE_PROMPT[case]
-    longer = (batch, heads, kv_heads, q_len + 160, k_len + 160, given, offset)
-    if given is not None:
-        longer = (*longer[:5], layout.padding([261, 310]), 0)
+    case = longer(case)
     options = {"gamma": 0.4, "tau": tau, "min_budget": 32, "max_budget": None}
-    agree("flexprefill", longer, loops.flexprefill, inputs(longer, sharpness=1.0), **options)
+    agree("flexprefill", case, loops.flexprefill, inputs(case, sharpness=1.0), **options)
 
 
 def test_flexprefill_budgets_bound_the_columns():

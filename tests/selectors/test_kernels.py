@@ -10,8 +10,9 @@ from stem_flex.budget import Coverage
 from stem_flex.plumbing.implementation import installed
 from stem_flex.reference import estimates
 from stem_flex.reference import selectors as loops
+from stem_flex.selectors import flexprefill
 from stem_flex.selectors.rules import Relative
-from tests.selectors.cases import CONFIG, EVERY, ONE_PROMPT, agree, inputs
+from tests.selectors.cases import CONFIG, EVERY, ONE_PROMPT, agree, inputs, longer
 
 NAMES = ("xattention", "cosa", "vecattention", "flashprefill", "proxyattn")
 RULES = {
@@ -61,6 +62,51 @@ def test_scores(device, name, case):
     found = known.scores(*strided, config, layout=bound_to(EVERY[case], device, 16), impl="triton").cpu()
     assert torch.equal(found == -torch.inf, expected == -torch.inf)
     torch.testing.assert_close(found.double(), expected.double(), atol=2e-5, rtol=1e-5)
+
+
+@devices
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 17), (1, 2, 70, 70)])
+def test_sums_from_several_bounds_on(device, shape, poisoned):
+    """One tile and several, a head's last one ragged, zeros and equal entries, against PyTorch one by one."""
+    from stem_flex.kernels.above import sums_above
+
+    x = (torch.rand(shape) * torch.randint(0, 3, shape)).round(decimals=2)
+    bounds = torch.rand(*shape[:2], 15).view(torch.int32)
+    bounds[..., 0], bounds[..., 1], bounds[..., 2] = 0, 1, 0x7F800000
+    bounds[..., 3] = x.flatten(2)[..., 0].view(torch.int32)
+    expected = flexprefill._sums_above(x.double().float(), bounds)
+    found = sums_above(x.to(device), bounds.to(device)).cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+@devices
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.9, 1.0])
+def test_largest_entries_within_a_part(device, part):
+    """By sixteenths the entries are those by halves; a head of zeros keeps none."""
+    x = torch.rand(2, 3, 40, 60).mul(8).softmax(-1).tril()
+    x[1, 2] = 0
+    found = flexprefill.largest_within(x.to(device), part, "triton").cpu()
+    expected = flexprefill.largest_within(x.double().float(), part)
+    assert not found[1, 2].any()
+    if part in (0.0, 1.0):
+        assert torch.equal(found, expected if part else torch.zeros_like(expected))
+    else:  # sums of another order may end one entry apart
+        assert (found.sum((2, 3)) - expected.sum((2, 3))).abs().max() <= 1
+        assert (found != expected).sum() <= 6
+
+
+@devices
+@pytest.mark.parametrize("case", ["ragged, GQA, batch", "padded left"])
+def test_flexprefill(device, case):
+    """Query-aware heads choose what PyTorch chooses."""
+    case = longer(case)
+    qkv = inputs(case, sharpness=1.0)
+    options = {"tau": 2.0, "gamma": 0.4, "min_budget": 32}
+    expected = flexprefill.scores(*qkv, CONFIG, layout=bound_to(case, "cpu", 16), impl="torch", **options)
+    moved = (x.float().to(device) for x in qkv)
+    found = flexprefill.scores(*moved, CONFIG, layout=bound_to(case, device, 16), impl="triton", **options)
+    assert 0 < (found > 1).float().mean() < 0.6  # some are lifted, not all
+    torch.testing.assert_close(found.cpu().double(), expected.double(), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["aligned", "chunk off the blocks"])
