@@ -3,7 +3,7 @@
 Random weights built from a config on the device, no checkpoint. One prefill of batch 1 into a fresh cache, logits
 of the last token only; the fastest of a few counts, their median is in the JSON. Attention and mask building are
 timed by events around the attention calls, the rest is what is left of the whole. A cell that fails is reported and
-the others still run.
+the others still run. ``--report`` measures nothing and writes the tables and the picture again.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from stem_flex.integrations import hf_attention, hf_masks, hf_versions
 from stem_flex.plumbing.backend import flash_attn_func
 from stem_flex.plumbing.implementation import installed
 
-from . import plots, report
+from . import report
 from .mask import choose_config
+from .ttft_report import present
 
-NAMES = {"sdpa": "SDPA FlashAttention-2", "fa4": "flash-attn-4", "stem": "Stem"}
 _SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama": (
         LlamaConfig,  # Llama-3.1-8B
@@ -237,64 +237,6 @@ def compare(row: dict[str, Any]) -> None:
         row["extra_gib"] = round(stem["peak_gib"] - row["sdpa"]["peak_gib"], 3)
 
 
-def _cells_of(row: dict[str, Any], names: list[str]) -> list[str]:
-    line = [row["model"], report.short(row["tokens"])]
-    for name in names:
-        cell = row.get(name, {})
-        line.append(f"{cell['fastest_ms']:,.0f}" if "ms" in cell else "error" if "error" in cell else "-")
-    stem = row.get("stem", {})
-    line += [f"{stem[part]:,.1f}" if part in stem else "-" for part in ("attention_ms", "mask_ms", "rest_ms")]
-    line += [f"{row[key]:.2f}x" if key in row else "-" for key in ("over_sdpa", "over_fa4")]
-    return [*line, f"{row['extra_gib']:+.2f}" if "extra_gib" in row else "-"]
-
-
-def present(rows: list[dict[str, Any]], options: argparse.Namespace, header: dict[str, Any]) -> None:
-    """Print the table, write JSON, CSV, a README table and the picture."""
-    names = [name for name in NAMES if name in options.implementations]
-    columns = ["model", "tokens", *(f"{NAMES[name]} ms" for name in names), "Stem attention", "mask", "rest",
-               "over SDPA", "over FA4", "peak GiB over SDPA"]  # fmt: skip
-    body = [_cells_of(row, names) for row in rows]
-    notes = [
-        f"{row['model']} {report.short(row['tokens'])} {name}: {cell.get('error') or cell['skipped']}"
-        for row in rows
-        for name, cell in row.items()
-        if isinstance(cell, dict) and ({"error", "skipped"} & cell.keys())
-    ]
-    machine = header["environment"]["gpu"] or "CPU"
-    layers = ", ".join(map(str, options.dense_layers)) or "none"
-    name = f"Time to first token, {machine}"
-    title = f"{name}, {options.dtype}, batch 1, dense layers {layers}, fastest of up to {options.repeats}"
-    report.show(title, columns, body, notes)
-    path = report.write(options.out, "ttft", rows, **header)
-    table = [columns, ["---", *["---:"] * (len(columns) - 1)], *body]
-    (options.out / "ttft.md").write_text(f"{title}:\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in table))
-    picture = plots.panels(
-        options.out / "ttft.png",
-        name,
-        [_panel(rows, model, names) for model in options.models],
-    )
-    print(f"wrote {path}, {options.out / 'ttft.md'}" + (f" and {picture}" if picture else ""))
-
-
-def _panel(rows: list[dict[str, Any]], model: str, names: list[str]) -> dict[str, Any]:
-    series: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        if row["model"] != model:
-            continue
-        for name in names:
-            if "ms" in row.get(name, {}):
-                series.setdefault(NAMES[name], []).append((row["tokens"], row[name]["fastest_ms"] / 1e3))
-        if "ms" in row.get("stem", {}):
-            series.setdefault("Stem without attention", []).append((row["tokens"], row["stem"]["rest_ms"] / 1e3))
-    return {
-        "title": model,
-        "ylabel": "seconds to the first token",
-        "series": series,
-        "log": True,
-        "dashed": [name for name in series if not name.startswith("Stem")] + ["Stem without attention"],
-    }
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.ttft", description=(__doc__ or "").split("\n\n")[0])
@@ -317,6 +259,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=45.0, help="most time for one cell's timed prefills")
     parser.add_argument("--limit", type=float, default=540.0, help="no cell starts after this many seconds")
     parser.add_argument("--out", type=Path, default=report.RESULTS)
+    parser.add_argument("--report", action="store_true", help="measure nothing, draw from ttft.json")
     options = parser.parse_args(arguments)
     unknown = set(options.models) - _SHAPES.keys()
     if unknown:
@@ -332,6 +275,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Run, print, write; returns the rows."""
     start = time.perf_counter()
     options = parse(arguments)
+    if options.report:
+        header, rows = report.read(options.out / "ttft.json")
+        present(rows, argparse.Namespace(**header["options"] | {"out": options.out}), header)
+        return rows
     logging.set_verbosity_error()
     header = {"environment": report.environment(), "options": vars(options)}
     watch = Stopwatch(torch.device(options.device))
