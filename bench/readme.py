@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from . import compare_tables, threshold_tables
 from . import result_tables as tables
-from . import threshold_tables
 from .report import RESULTS, ROOT, share, short
 from .result_tables import markdown, run
 
@@ -31,10 +31,11 @@ def headlines(results: Path = RESULTS) -> str:
         "prefill": tables.prefill,
         "prefill_mass": tables.prefill_brief,
         "prefill_coarse": tables.prefill_brief,
+        "ttft": tables.ttft_line,
         "thresholds": threshold_tables.thresholds_brief,
         "thresholds_coarse": threshold_tables.thresholds_coarse,
         "accuracy": tables.accuracy,
-        "compare": tables.selectors,
+        "compare": compare_tables.selectors,
     }
     parts = _parts(results, shown)
     if len(by_model(results)) > 1:
@@ -57,8 +58,8 @@ def figures(results: Path = RESULTS) -> str:
         "accuracy": tables.accuracy,
     }
     last: dict[str, Table] = {
-        "compare": tables.compare,
-        "compare_flash": tables.speeds,
+        "compare": compare_tables.compare,
+        "compare_flash": compare_tables.speeds,
         "refine": tables.refine,
         "distributed": tables.distributed,
         "vllm_paged": tables.vllm_paged,

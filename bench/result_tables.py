@@ -119,9 +119,25 @@ def ttft(result: dict[str, Any]) -> str:
         f"Time to the first token of whole models, ms, fastest of up to {options['repeats']}: `{where['command']}` "
         f"on one {where['gpu']}: {options['dtype']}, batch 1, {options['config']} budget, dense layers {layers}, torch "
         f"{where['torch']}, commit {where['commit']}; `llama` is the shape of Llama-3.1-8B. "
-        f"Parts, in `bench/results/ttft.md`, are medians, of runs of which the first may compile.\n\n"
+        f"Its parts: `bench/results/ttft.md`.\n\n"
         + markdown(columns, rows)
         + "\n![time to first token](bench/results/ttft.png)\n"
+    )
+
+
+def ttft_line(result: dict[str, Any]) -> str:
+    """A model of Llama-3.1-8B's shape at its longest prompt, in one sentence."""
+    rows = [row for row in result["rows"] if row["model"] == "llama" and {"over_sdpa", "over_fa4"} <= row.keys()]
+    if not rows:
+        return ""
+    row, where, options = rows[-1], result["environment"], result["options"]
+    stem, sdpa, fa4 = (f"{row[name]['fastest_ms'] / 1e3:.3g} s" for name in ("stem", "sdpa", "fa4"))
+    layers = ", ".join(map(str, options["dense_layers"])) or "none"
+    return (
+        f"A whole model of Llama-3.1-8B's shape gives the first token after {short(row['tokens'])} tokens in {stem}: "
+        f"{row['over_sdpa']:.2f} times faster than by SDPA's FlashAttention-2 ({sdpa}), {row['over_fa4']:.2f} times "
+        f"faster than by flash-attn-4 ({fa4}) (`{where['command']}` on one {where['gpu']}, {options['config']} budget, "
+        f"dense layers {layers}, torch {where['torch']}, commit {where['commit']}).\n"
     )
 
 
@@ -178,69 +194,6 @@ def retrieval(result: dict[str, Any]) -> str:
     return (
         f"SmolLM2-135M-Instruct answers {right} of {asked} facts at {short(rows[0]['length'])} tokens by dense "
         f"attention, in its own chat format: {run(result['environment'])}; {shown}.\n"
-    )
-
-
-def selectors(result: dict[str, Any]) -> str:
-    """Every published selector at its own settings, and the figure of all."""
-    from .compare_report import native_table
-
-    where = result["environment"]
-    return (
-        f"Published selectors at their own settings in the same kernels: {run(where)}. "
-        f"{_compared(result)}\n\n"
-        + markdown(*native_table(result))
-        + "\nAt equal densities: [bench/RESULTS.md](bench/RESULTS.md).\n\n"
-        + "![selectors](bench/results/compare.png)\n"
-    )
-
-
-def _compared(result: dict[str, Any]) -> str:
-    """What the columns of a comparison say."""
-    from .compare_report import MADE, speed_words
-
-    where, timed = result["environment"], speed_words(result)
-    said = f" Times: {timed}, of {MADE}; median ms of selection and attention, each alone, and the density."
-    asked = max((cell["all"]["samples"] for cell in result["cells"] if "all" in cell), default=0)
-    return (
-        f"The shipped model on {short(where['length'])}-token prompts, {asked} a cell: density of text, attention mass "
-        f"on computed blocks and error of the attention output on dense activations, answers exactly right with the "
-        f"prompt's rows sparse or all of them (95 % Wilson intervals), nats a token added on text."
-        + (said if timed else "")
-    )
-
-
-def compare(result: dict[str, Any]) -> str:
-    """The same at equal densities: by counts, and by each selector's own rule."""
-    from .compare_report import WAYS, matched_table, unreached
-
-    text = selectors(result).replace("\nAt equal densities: [bench/RESULTS.md](bench/RESULTS.md).\n", "")
-    for density in sorted({cell["wanted"] for cell in result["cells"] if cell["wanted"] is not None}):
-        for way, words in WAYS.items():
-            columns, rows = matched_table(result, way, density)
-            if rows:
-                text += f"\n{density:.0%} of the blocks, {words}:\n\n" + markdown(columns, rows)
-                if way == "rule" and (said := unreached(result, density)):
-                    text += f"\n{said}\n"
-    return text
-
-
-def speeds(result: dict[str, Any]) -> str:
-    """Times of selection and of attention by another backend."""
-    from .compare_report import MADE, speed_words
-
-    where = result["environment"]
-    rows = [
-        [row["selector"], row["way"], *(f"{row[key]:.3g}" for key in ("selection", "attention", "density"))]
-        for row in result["speed"]
-        if "selection" in row
-    ]
-    return (
-        f"Selection and attention by {result['speed'][0]['backend'].upper()}, median ms, {speed_words(result)}, of "
-        f"{MADE}: {run(where)}. native: at its own settings; count: "
-        f"{result['environment']['density']:.0%} of the blocks, "
-        "the same number for every row.\n\n"
-        + markdown(["selector", "settings", "selection", "attention", "density"], rows)
     )
 
 
