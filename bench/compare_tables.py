@@ -41,7 +41,7 @@ def compare(result: dict[str, Any]) -> str:
         for way, words in WAYS.items():
             columns, rows = matched_table(result, way, density)
             if rows:
-                text += f"\n{density:.0%} of the blocks, {words}:\n\n" + markdown(columns, rows)
+                text += f"\n### {density:.0%} of the blocks, {words}\n\n" + markdown(columns, rows)
                 if way == "rule" and (said := unreached(result, density)):
                     text += f"\n{said}\n"
     return text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -43,32 +44,43 @@ def headlines(results: Path = RESULTS) -> str:
     return "\n".join(parts) or EMPTY
 
 
+def sections(results: Path = RESULTS) -> dict[str, str]:
+    """All tables of the results that exist, by their headings in bench/RESULTS.md."""
+    model = threshold_tables.THRESHOLDS
+    shown: list[tuple[str, str, Table]] = [
+        ("Prefill", "prefill", tables.prefill),
+        ("Prefill by a threshold of mass", "prefill_mass", tables.prefill_full),
+        ("Prefill by a threshold of mass, with a coarse sketch", "prefill_coarse", tables.prefill_full),
+        ("Time to the first token", "ttft", tables.ttft),
+        ("Building the mask", "mask", tables.mask),
+        *(
+            (f"Thresholds of mass: {whose}", file, partial(threshold_tables.thresholds, model=whose))
+            for file, whose in model.items()
+        ),
+        ("Answers by density", "accuracy", tables.accuracy),
+        ("Answers over models", "smollm2/accuracy", lambda _: over_models(results)),
+        ("Facts that SmolLM2 answers", "smollm2/ruler", tables.retrieval),
+        ("Long documents, by SmolLM2", "smollm2/reading", reading),
+        ("Published selectors", "compare", compare_tables.compare),
+        ("Times of published selectors", "compare_flash", compare_tables.speeds),
+        ("Trained sparsity", "refine", tables.refine),
+        ("Several cards", "distributed", tables.distributed),
+        ("Pages of vLLM", "vllm_paged", tables.vllm_paged),
+    ]
+    found = {heading: _parts(results, {name: table}) for heading, name, table in shown}
+    return {heading: parts[0] for heading, parts in found.items() if parts}
+
+
 def figures(results: Path = RESULTS) -> str:
-    """All tables of the results that exist, for bench/RESULTS.md."""
-    first: dict[str, Table] = {
-        "prefill": tables.prefill,
-        "prefill_mass": tables.prefill_full,
-        "prefill_coarse": tables.prefill_full,
-        "ttft": tables.ttft,
-        "mask": tables.mask,
-        **{
-            file: partial(threshold_tables.thresholds, model=model)
-            for file, model in threshold_tables.THRESHOLDS.items()
-        },
-        "accuracy": tables.accuracy,
-    }
-    last: dict[str, Table] = {
-        "compare": compare_tables.compare,
-        "compare_flash": compare_tables.speeds,
-        "refine": tables.refine,
-        "distributed": tables.distributed,
-        "vllm_paged": tables.vllm_paged,
-    }
-    parts = _parts(results, first)
-    if (results / "smollm2" / "accuracy.json").exists():
-        parts.append(over_models(results))
-    parts += _parts(results, {"smollm2/ruler": tables.retrieval, "smollm2/reading": reading}) + _parts(results, last)
-    return "\n".join(parts) or EMPTY
+    """All sections for bench/RESULTS.md, under a table of contents."""
+    found = sections(results)
+    contents = "".join(f"- [{heading}](#{_anchor(heading)})\n" for heading in found)
+    return "\n".join([contents, *(f"## {heading}\n\n{text}" for heading, text in found.items())]) if found else EMPTY
+
+
+def _anchor(heading: str) -> str:
+    """The name by which GitHub links to a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def _parts(results: Path, shown: dict[str, Table]) -> list[str]:
@@ -113,7 +125,7 @@ def over_models(results: Path, *, brief: bool = False) -> str:
     heads = [f"{title}: {what}" for title, _ in found for what in (*kinds, "text")]
     commands = "; ".join(f"{title}: {run(result['environment'])}" for title, result in found)
     return (
-        f"The same over models, at {MODELS_DENSITY:.0%} of the blocks or by a budget rule, whose density is as it "
+        f"Answers over models, at {MODELS_DENSITY:.0%} of the blocks or by a budget rule, whose density is as it "
         f"falls (in brackets, of text). SmolLM2-135M-Instruct, by `python -m bench.models smollm2`, is asked in "
         f"its own chat format. {commands}.\n\n"
         + markdown(["selector", *heads], rows)

@@ -85,7 +85,7 @@ def _of_model(result: dict[str, Any]) -> str:
             "q, k, v of four layers of the shipped model reading unseen text, which repeats past its end, and past the "
             "32K tokens that it was trained on (`bench/activations.py`)"
         )
-    return f"The same by `{BUDGETS[config]}`: {run(where)}; {whose}.\n\n"
+    return f"Prefill by `{BUDGETS[config]}`, median ms, mask building included: {run(where)}; {whose}.\n\n"
 
 
 def _times(result: dict[str, Any], names: list[str], *, masks: bool, rates: bool) -> str:

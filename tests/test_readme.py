@@ -55,6 +55,15 @@ def test_figures_are_the_committed_results():
     assert (ROOT / "bench" / "RESULTS.md").read_text() == results_page(), "run python -m bench.readme"
 
 
+def test_results_have_a_table_of_contents():
+    page = (ROOT / "bench" / "RESULTS.md").read_text()
+    headings = re.findall(r"^## (.*)$", page, re.MULTILINE)
+    links = re.findall(r"^- \[(.*)\]\(#(.*)\)$", page, re.MULTILINE)
+    assert [heading for heading, _ in links] == headings
+    assert len({anchor for _, anchor in links}) == len(links) > 15
+    assert ("Thresholds of mass: SmolLM2-135M-Instruct", "thresholds-of-mass-smollm2-135m-instruct") in links
+
+
 def test_figures_of_results(tmp_path):
     from bench.readme import figures
 
