@@ -60,7 +60,23 @@ def _thresholds(result: dict[str, Any], model: str) -> str:
     return (
         f"Budgets of estimated mass on {model}: {run(result['environment'])}; {count} prompts a cell, right answers "
         "with the prompt's rows sparse or all of them, nats a token added on text; 95 % intervals, of text of the "
-        "paired difference.\n\n"
+        f"paired difference.{_stem_words(result['rows'])}\n\n"
+    )
+
+
+def _stem_words(rows: list[dict[str, Any]]) -> str:
+    """What the percents in the names of Stem's policies are, and which part of the causal pairs they compute."""
+    computed: dict[str, list[str]] = {}
+    for row in rows:
+        if row["policy"].startswith("Stem "):
+            computed.setdefault(row["policy"], []).append(f"{row['density']:.0%}")
+    parts = [f"{name} computes {' to '.join(sorted({min(x), max(x)}))}" for name, x in computed.items()]
+    if not parts:
+        return ""
+    return (
+        ' "Stem" and a percent: `k_start`, the part of the whole prompt\'s blocks that a row keeps, falling to 0.7 of '
+        "it at the prompt's end; early rows see fewer and keep all they see. Of the causal pairs, by which density "
+        f"counts, {', '.join(parts)}."
     )
 
 
