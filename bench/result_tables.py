@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from .report import RESULTS, share, short
@@ -156,6 +157,22 @@ def mask(result: dict[str, Any]) -> str:
     return text + markdown(columns, rows) + "\n![mask](bench/results/mask.png)\n"
 
 
+SELECTORS = {  # in a few words, for the tables of them
+    "sam": "the mass of strided antidiagonals (Stem's routing) alone, as many blocks for every row",
+    "oam": "`sam` with the magnitude of the values",
+    "stem": "`oam` with counts that fall along the prompt, as `+tpd` does; `stem-log` takes the paper's logarithm",
+    "sketch": "attention between 16 means of each block of queries and of keys",
+    "sketch-outliers": "`sketch` with outlying tokens beside 8 means, the scores of `StemConfig.mass()`",
+    "oracle": "the largest mass that any token of dense attention gives a block: costs as much as dense, a yardstick",
+}
+
+
+def named(shown: Iterable[str]) -> str:
+    """A line for each of the names that :data:`SELECTORS` explains."""
+    lines = [f"- `{name}`: {SELECTORS[name]}\n" for name in shown if name in SELECTORS]
+    return "".join(lines) + "\n" if lines else ""
+
+
 def accuracy(result: dict[str, Any]) -> str:
     """Answers found by selector, density and protocol, with intervals, and the loss added on text."""
     where, cells = result["environment"], result["main"]
@@ -178,6 +195,7 @@ def accuracy(result: dict[str, Any]) -> str:
         f"{run(where)}; "
         f'{asked} prompts a cell, 95 % Wilson intervals. "prompt": the prompt\'s rows are sparse, the answer is '
         f'decoded densely; "all": every row is sparse; "text": nats a token added on unseen text.\n\n'
+        + named(by_name)
         + markdown(["selector", *heads], rows)
         + "\nOther densities, ablations, layers and heads are in `bench/results/accuracy.md`.\n\n"
         + "![accuracy](bench/results/accuracy.png)\n"

@@ -84,6 +84,8 @@ def test_figures_of_results(tmp_path):
     (tmp_path / "accuracy.json").write_text(json.dumps({"environment": where, "main": cells}))
     assert "| stem | 0.50 [0.20, 0.80] | 0.25 [0.20, 0.80] | +0.057 |" in figures(tmp_path)
     assert "8K-token prompts" in figures(tmp_path)
+    assert "- `stem`: `oam` with counts that fall along the prompt" in figures(tmp_path)
+    assert "- `oracle`" not in figures(tmp_path)
 
 
 @pytest.mark.parametrize("config", ["mass", "coarse"])
@@ -131,6 +133,7 @@ def test_figures_of_thresholds(tmp_path):
     assert (
         "mass > 0.05 1.00 (0.75) by 7.5% of the blocks, for +0.250 ± 0.000 nats; Stem 25% 0.75 (0.50) by 38.0%" in brief
     )
+    assert "keep all they see. Of the causal pairs, by which density counts, Stem 25% computes 38%." in brief
     assert "| 4K | mass" not in brief
     assert "| 8K | mass > 0.05 | 7.5% |" in brief
     assert "SmolLM2" not in brief
