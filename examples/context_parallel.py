@@ -7,6 +7,7 @@ rows with the slow reference of the whole prompt.
 
 from __future__ import annotations
 
+import argparse
 import os
 
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # point-to-point sends need no NVLink multicast
@@ -40,11 +41,22 @@ def main(tokens: int = 1000, group: dist.ProcessGroup | None = None) -> float:
     return float((out.cpu() - split.shard(reference.stem_attention(q, k, v, config), rank)).abs().max())
 
 
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--tokens", type=int, default=1000, help="length of the prompt")
+    options = parser.parse_args(arguments)
+    if "RANK" not in os.environ:
+        parser.error("every process needs its rank: torchrun --nproc-per-node 2 examples/context_parallel.py")
+    return options
+
+
 if __name__ == "__main__":
+    tokens = parse().tokens  # before the processes wait for each other
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    difference = main()
+    difference = main(tokens)
     dist.barrier()
     dist.destroy_process_group()
     assert difference < (1e-2 if torch.cuda.is_available() else 1e-5)  # TRITON takes float32 products in TF32

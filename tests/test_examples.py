@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import runpy
 import sys
 from pathlib import Path
 
@@ -143,3 +144,15 @@ def test_dense_runs_do_not_change_the_model(example, random_model):
 
     model, _, _ = example.load(None, torch.device("cpu"))
     assert hf_versions.implementation(model.config) == "sdpa"
+
+
+def test_the_parallel_example_reads_its_arguments_before_it_waits(monkeypatch, capsys):
+    """Without torchrun too: --help helps, and a start without ranks says how to start it."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_: pytest.fail("waits for the others"))
+    for arguments, said in ((["--help"], "--tokens"), ([], "torchrun --nproc-per-node 2")):
+        monkeypatch.setattr(sys, "argv", ["context_parallel.py", *arguments])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / "examples" / "context_parallel.py"), run_name="__main__")
+        found = capsys.readouterr()
+        assert said in found.out + found.err
