@@ -210,6 +210,12 @@ def present(rows: list[dict[str, Any]], options: argparse.Namespace, header: dic
             [[n, f"{t:.4f}"] for n, t in parts],
         )
     path = report.write(options.out, "mask", rows, **header)
+    picture = picture_of(rows, options.out / "mask.png", title)
+    print(f"wrote {path}" + (f" and {picture}" if picture else ""))
+
+
+def picture_of(rows: list[dict[str, Any]], path: Path, title: str) -> Path | None:
+    """Times and memory by length."""
 
     def series(cell: str, key: str = "ms") -> list[tuple[int, float]]:
         found = [(row["tokens"], row[cell][key]) for row in rows if row.get(cell, {}).get(key) is not None]
@@ -222,8 +228,8 @@ def present(rows: list[dict[str, Any]], options: argparse.Namespace, header: dic
         "PyTorch": series("torch"),
     }
     memory = {"Stem, eager": series("stem", "peak_mib"), "PyTorch": series("torch", "peak_mib")}
-    picture = plots.panels(
-        options.out / "mask.png",
+    return plots.panels(
+        path,
         title,
         [
             {
@@ -241,7 +247,6 @@ def present(rows: list[dict[str, Any]], options: argparse.Namespace, header: dic
             },
         ],
     )
-    print(f"wrote {path}" + (f" and {picture}" if picture else ""))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

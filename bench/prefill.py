@@ -173,6 +173,20 @@ def _cell(row: dict[str, Any], name: str) -> str:
     return "error" if "error" in cell else "-"
 
 
+def _parts(rows: list[dict[str, Any]], name: str, dense_names: list[str]) -> list[list[str]]:
+    """Lines of one Stem backend, whose speed-ups are added to the rows."""
+    body = []
+    for row in rows:
+        cell = row.get(name, {})
+        if "ms" in cell:
+            row[f"{name}_speed_up"] = {over: speed_up(row, name, over) for over in dense_names}
+            ups = [f"{up:.2f}x" if up else "-" for up in row[f"{name}_speed_up"].values()]
+            facts = [f"{cell['density']:.3f}", f"{cell['mask_ms'].median:.3f}", f"{cell['attention_ms'].median:.2f}"]
+            rates = [f"{cell['tflops']:.3g}", f"{cell['sampled_error']:.1e}"]
+            body.append([report.short(row["tokens"]), *facts, *rates, *ups])
+    return body
+
+
 def file_name(options: argparse.Namespace) -> str:
     """What this run's files are called: a budget of mass beside a budget of counts, none over the other."""
     return f"prefill_{options.config}" if options.config in ("mass", "coarse") else "prefill"
@@ -202,23 +216,7 @@ def present(rows: list[dict[str, Any]], options: argparse.Namespace, header: dic
         notes,
     )
     for name in stems:
-        body = []
-        for row in rows:
-            cell = row.get(name, {})
-            if "ms" in cell:
-                row[f"{name}_speed_up"] = {over: speed_up(row, name, over) for over in dense_names}
-                ups = [f"{up:.2f}x" if (up := speed_up(row, name, over)) else "-" for over in dense_names]
-                body.append(
-                    [
-                        report.short(row["tokens"]),
-                        f"{cell['density']:.3f}",
-                        f"{cell['mask_ms'].median:.3f}",
-                        f"{cell['attention_ms'].median:.2f}",
-                        f"{cell['tflops']:.3g}",
-                        f"{cell['sampled_error']:.1e}",
-                        *ups,
-                    ]
-                )
+        body = _parts(rows, name, dense_names)
         report.show(
             f"{NAMES[name]}: where the time goes, and how much faster",
             [
