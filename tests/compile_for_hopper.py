@@ -49,6 +49,7 @@ from stem_flex.kernels import (  # noqa: E402
     sketch_proxies,
     sketch_sums,
     sketch_tables,
+    tail,
 )
 
 compiled: dict[str, dict[str, Any]] = {}
@@ -135,6 +136,13 @@ def selected(tokens: int, dtype: torch.dtype) -> None:
     cells.query_logs(operands(tokens, dtype, cells.Cut(1, BLOCK, 1), tokens // BLOCK, tokens))
 
 
+def last_queries(tokens: int, rows: int, dtype: torch.dtype) -> None:
+    """Compile what MInference and FlexPrefill take."""
+    spans = empty(1, rows, dtype=torch.int32), empty(1, rows, dtype=torch.int32)
+    tail.tail_sums(empty(1, HEADS, rows, DIM, dtype=dtype), empty(1, KV_HEADS, tokens, DIM, dtype=dtype), *spans)
+    above.largest_bound(empty(1, HEADS, tokens // BLOCK, tokens // BLOCK, dtype=torch.float32), 0.9)
+
+
 if __name__ == "__main__":
     for module in (
         above,
@@ -147,9 +155,10 @@ if __name__ == "__main__":
         sketch_mass,
         sketch_proxies,
         sketch_sums,
+        tail,
     ):
         module.launch = compile_only
-    for module in (above, cells, ops, sketch_ops, sketch_tables):
+    for module in (above, cells, ops, sketch_ops, sketch_tables, tail):
         module._guard = lambda q: contextlib.nullcontext()
     tables(8192, torch.bfloat16, "zscore")
     tables(8192, torch.float16, "log", dim=192, classes=True)
@@ -165,6 +174,8 @@ if __name__ == "__main__":
     selected(4096, torch.float32)
     antidiagonals(8192, torch.bfloat16, 16)
     antidiagonals(8000, torch.bfloat16, 8)
-    above.sums_above(empty(1, HEADS, 1024, 1024, dtype=torch.float32), empty(1, HEADS, 15, dtype=torch.int32))
+    last_queries(131072, 64, torch.bfloat16)
+    last_queries(131072, 128, torch.bfloat16)
+    last_queries(4096, 128, torch.float32)
     for line in compiled.values():
         print(json.dumps(line))

@@ -9,7 +9,8 @@ Importing this package imports Triton; the rest of `stem_flex` imports it only w
 `select`            block scores -> compact ascending index tables
 `topk`              the k largest of a row, for `select`
 `cells`             logits of cells reduced by block: XAttention, CoSA, FlashPrefill, the oracle and others
-`above`             sums from several bounds on in one reading, for FlexPrefill
+`tail`              attention of the last queries by key and by diagonal: MInference, FlexPrefill
+`above`             the largest entries of a head within a part of its sum: FlexPrefill
 `ops`               ``torch.ops.stem_flex.{tables,scores,select}`` over the first four
 `sketch_proxies`    the block sketch: outliers and group means of every block, in one pass over q or k
 `sketch_sums`       proxies -> exponentials summed by key block (a GEMM)

@@ -168,21 +168,37 @@ def tail_of(q: Tensor, bound: BoundLayout, rows: int, name: str) -> Tail:
     return Tail(picked, start, torch.where(real, end, start), real, offset + bound.query_end, 0)
 
 
-def tail_attention(tail: Tail, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of the softmax of the last queries over key columns and over diagonals, one key head at a time.
+def tail_attention(tail: Tail, k: Tensor, impl: str = "torch") -> tuple[Tensor, Tensor]:
+    """Sums of the softmax of the last queries over key columns and over diagonals.
 
     Returns:
         float32 (float64) (B, Hq, Lk) twice: by key, and by offset, query place - key place.
+
+    Raises:
+        TypeError: float64 for Triton.
     """
-    batch, heads, rows, dim = tail.q.shape
+    if impl == "triton":
+        from stem_flex.kernels.tail import tail_sums
+
+        columns, diagonals = tail_sums(tail.q, k, tail.start, tail.end)
+    else:
+        columns, diagonals = _tail_sums(tail, k)
+    rows, length = tail.q.shape[2], k.shape[2]
+    # row r and key n are o = position - rows + r - n apart: their entry, rows + n - r, is position - o
+    entry = (tail.position[:, None] - torch.arange(length, device=k.device)).long()
+    found = diagonals.gather(2, entry.clamp(min=0, max=rows + length - 1)[:, None].expand(*columns.shape[:2], -1))
+    return columns, found * ((entry >= 0) & (entry < rows + length))[:, None]
+
+
+def _tail_sums(tail: Tail, k: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`stem_flex.kernels.tail.tail_sums` by PyTorch, one key head at a time."""
+    heads, rows, dim = tail.q.shape[1:]
     kv_heads, length = k.shape[1], k.shape[2]
     group = heads // kv_heads
     key = torch.arange(length, device=k.device)
     late = key[tail.clear :]
     hidden = ((late < tail.start[..., None]) | (late >= tail.end[..., None]))[:, None]
     empty = (tail.end <= tail.start)[:, None, :, None]
-    diagonal = (tail.position[:, None] - key).long().expand(batch, -1)[:, None].expand(-1, group, -1)
-    inside = (diagonal >= 0) & (diagonal <= length + rows)
     columns, diagonals = [], []
     for head in range(kv_heads):
         part = tail.q[:, head * group : (head + 1) * group]
@@ -195,8 +211,7 @@ def tail_attention(tail: Tail, k: Tensor) -> tuple[Tensor, Tensor]:
         weights = logits.softmax(-1, dtype=wide)
         weights = weights if tail.clear else weights.masked_fill_(empty, 0.0)
         columns.append(weights[..., rows:].sum(2))
-        found = diagonal_sums(weights).gather(2, diagonal.clamp(min=0, max=length + rows))
-        diagonals.append(found * inside)
+        diagonals.append(diagonal_sums(weights)[..., :-1])
     return torch.cat(columns, 1), torch.cat(diagonals, 1)
 
 
