@@ -11,8 +11,8 @@ scaled by 1 / (sqrt(D) s).
   blocks are only favoured: they fall out once the mass is held.
 
 Cost: N^2 D / stride, 1 / (2 stride) of dense attention, in two Triton kernels (:mod:`stem_flex.kernels.cells`): at 128K
-tokens of 32 heads some 8 ms of an H100 at XAttention's stride of 16, 15 ms at CoSA's of 8. PyTorch alone goes through
-a matrix of (N / stride)^2 in strips, twice the time.
+tokens of 32 heads they take 8 ms of an H100 at XAttention's stride of 16, 15 ms at CoSA's of 8, the whole selections 10
+and 18. PyTorch alone goes through a matrix of (N / stride)^2 in strips, twice the time.
 
 Departures from the published code: any length, batch and layout; the offset of a chunk is its true one; nothing is
 masked by a length that is a multiple of the chunk.
