@@ -132,8 +132,8 @@ class Study:
         return found
 
     def policy(self, selector: Selector, density: float, **changes: Any) -> attend.Sparse:
-        """``selector`` at ``density``, with other settings."""
-        config = replace(selector.configured(self.base), **changes)
+        """``selector`` at ``density``, the forced blocks counted and the same for all, with other settings."""
+        config = replace(attend.same_forced(selector, self.base), **changes)
         return attend.Sparse(selector, config, density)
 
     # ---- the parts -----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,6 +65,11 @@ def block_budgets(blocks: int, density: float, config: StemConfig) -> list[int]:
         budgets.append(int(min(row + 1, max(1, math.floor(owed + 0.5)))))
         owed -= budgets[-1]
     return budgets
+
+
+def same_forced(selector: Selector, base: StemConfig) -> StemConfig:
+    """A selector's settings but for the forced blocks, which are ``base``'s, as all have them at equal density."""
+    return replace(selector.configured(base), sink_blocks=base.sink_blocks, local_blocks=base.local_blocks)
 
 
 @dataclass

@@ -123,11 +123,11 @@ class Comparison(accuracy.Study):
     def counted(self, name: str, density: float) -> attend.Sparse:
         """The same number of blocks for every row and head, the forced ones counted and the same for all."""
         selector = get(name)
-        return attend.Sparse(selector, self.same_forced(selector), density)
+        return attend.Sparse(selector, attend.same_forced(selector, self.base), density)
 
     def ruled(self, name: str, density: float) -> attend.Sparse:
         """Its own rule at another number."""
-        selector, config = get(name), self.same_forced(get(name))
+        selector, config = get(name), attend.same_forced(get(name), self.base)
         if name not in self._scored:
             self._scored[name] = Scored(selector, config)
             with torch.inference_mode(), attend.attending(self._scored[name]):
@@ -135,11 +135,6 @@ class Comparison(accuracy.Study):
         rule, kept = self._scored[name].solved(density)
         self.record("rules", selector=name, density=density, rule=repr(rule), kept=kept)
         return attend.Sparse(selector, config, density, rule=rule)
-
-    def same_forced(self, selector: Selector) -> StemConfig:
-        """Its settings but for the forced blocks, which all selectors share at matched density."""
-        own = selector.configured(self.base)
-        return replace(own, sink_blocks=self.base.sink_blocks, local_blocks=self.base.local_blocks)
 
     @functools.cached_property
     def calibration(self) -> Tensor:
@@ -245,7 +240,7 @@ def speed(options: argparse.Namespace, study: Comparison) -> None:
             continue
         selector, cells = get(name), {}
         config, rule = native(name, study.base)
-        configs = {"native": config, "count": study.same_forced(selector)}
+        configs = {"native": config, "count": attend.same_forced(selector, study.base)}
         density = options.densities[0]
         even = torch.tensor(attend.block_budgets(rows, density, study.base), device=device)
         ways: dict[str, Any] = {"native": rule} | ({} if name == "dense" else {"count": even})

@@ -126,8 +126,7 @@ dense, or sparse too. text: added loss on unseen text, nats a token.
             columns, lines = matched_table(result, way, density)
             if lines:
                 text += f"\n## {density:.0%} of the blocks: {words}\n\n" + _table(columns, lines)
-                if way == "rule" and (said := unreached(result, density)):
-                    text += f"\n{said}\n"
+                text += remark(result, way, density)
     if result["failures"]:
         text += "\n## Failures\n\n" + _table(["what", "error"], [[r["what"], r["error"]] for r in result["failures"]])
     return text
@@ -143,6 +142,25 @@ def speed_words(result: Row) -> str:
 
 
 MADE = "made vectors (`bench.compare.made_inputs`: a sink, rotary phases, topics that come back), not a model's"
+
+
+def remark(result: Row, way: str, density: float) -> str:
+    """What to know of one table, a paragraph or nothing."""
+    said = unreached(result, density) if way == "rule" else little_left(result["environment"], density)
+    return f"\n{said}\n" if said else ""
+
+
+def little_left(info: Row, density: float) -> str:
+    """A sentence where the forced blocks take most of ``density``, or ""."""
+    rows, each = info.get("length", 0) // 128, info.get("sink", 0) + info.get("local", 0)
+    pairs = max(1, rows * (rows + 1) // 2)
+    forced = sum(min(row + 1, each) for row in range(rows)) / pairs
+    if forced < 0.75 * density:
+        return ""
+    return (
+        f"The {each} forced blocks of every row take {forced:.1%} of the pairs, which leaves selectors "
+        f"{(density - forced) * pairs / rows:.1f} blocks a row to choose; a rule spends them by head and row."
+    )
 
 
 def unreached(result: Row, density: float) -> str:

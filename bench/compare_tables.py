@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .compare_report import MADE, WAYS, matched_table, native_table, speed_words, unreached
+from .compare_report import MADE, WAYS, matched_table, native_table, remark, speed_words
 from .report import short
 from .result_tables import markdown, run
 
@@ -42,8 +42,7 @@ def compare(result: dict[str, Any]) -> str:
             columns, rows = matched_table(result, way, density)
             if rows:
                 text += f"\n### {density:.0%} of the blocks, {words}\n\n" + markdown(columns, rows)
-                if way == "rule" and (said := unreached(result, density)):
-                    text += f"\n{said}\n"
+                text += remark(result, way, density)
     return text
 
 

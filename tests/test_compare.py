@@ -99,6 +99,20 @@ def test_a_rule_that_reaches_no_lower_density_is_named():
     assert compare_report.unreached({"rules": rules[:1]}, 0.25) == compare_report.unreached({"rules": rules}, 0.1) == ""
 
 
+def test_a_number_that_the_forced_blocks_use_up_is_named():
+    """64 rows of at most 3 forced blocks are 189 of 2,080 pairs; 10 % of those are 208, 19 more."""
+    result = {"environment": {"length": 8192, "sink": 1, "local": 2}, "rules": []}
+    said = compare_report.remark(result, "count", 0.1)
+    assert "take 9.1% of the pairs, which leaves selectors 0.3 blocks a row" in said
+    assert compare_report.remark(result, "count", 0.25) == compare_report.remark(result, "rule", 0.1) == ""
+
+
+def test_equal_densities_count_the_same_forced_blocks():
+    for name in ("flashprefill", "minference", "a-shape"):
+        config = attend.same_forced(get(name), BASE)
+        assert (config.sink_blocks, config.local_blocks) == (BASE.sink_blocks, BASE.local_blocks)
+
+
 def test_speeds_alone_draw_no_empty_legend(tmp_path, recwarn):
     speed = {"section": "speed", "selector": "stem", "way": "native", "length": 1024, "backend": "flash",
              "selection": 0.8, "attention": 45.0, "density": 0.2}  # fmt: skip
