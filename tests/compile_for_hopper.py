@@ -136,10 +136,10 @@ def selected(tokens: int, dtype: torch.dtype) -> None:
     cells.query_logs(operands(tokens, dtype, cells.Cut(1, BLOCK, 1), tokens // BLOCK, tokens))
 
 
-def last_queries(tokens: int, rows: int, dtype: torch.dtype) -> None:
+def last_queries(tokens: int, rows: int, dtype: torch.dtype, dim: int = DIM) -> None:
     """Compile what MInference and FlexPrefill take."""
     spans = empty(1, rows, dtype=torch.int32), empty(1, rows, dtype=torch.int32)
-    tail.tail_sums(empty(1, HEADS, rows, DIM, dtype=dtype), empty(1, KV_HEADS, tokens, DIM, dtype=dtype), *spans)
+    tail.tail_sums(empty(1, HEADS, rows, dim, dtype=dtype), empty(1, KV_HEADS, tokens, dim, dtype=dtype), *spans)
     above.largest_bound(empty(1, HEADS, tokens // BLOCK, tokens // BLOCK, dtype=torch.float32), 0.9)
 
 
@@ -177,5 +177,6 @@ if __name__ == "__main__":
     last_queries(131072, 64, torch.bfloat16)
     last_queries(131072, 128, torch.bfloat16)
     last_queries(4096, 128, torch.float32)
+    last_queries(4096, 128, torch.float16, dim=192)
     for line in compiled.values():
         print(json.dumps(line))

@@ -24,7 +24,8 @@ def kernels():
 def test_every_kernel_compiles(kernels):
     assert {line["kernel"] for line in kernels} == {
         "_pool_kernel", "_magnitude_kernel", "_scores_kernel", "_select_kernel", "_cells_kernel",
-        "_rows_kernel", "_proxies_kernel", "_sums_kernel", "_read_kernel", "_fine_kernel",
+        "_rows_kernel", "_proxies_kernel", "_sums_kernel", "_read_kernel", "_fine_kernel", "_normalisers_kernel",
+        "_tail_sums_kernel", "_above_kernel", "_narrow_kernel",
     }  # fmt: skip
     assert all(line["cubin"] > 0 for line in kernels)
 
@@ -54,3 +55,9 @@ def test_sketched_products_run_on_tensor_cores(kernels):
     sums = [line for line in kernels if line["kernel"] == "_sums_kernel"]
     assert {line["EDGE"] for line in sums} == {False, True}
     assert [line["tensor_cores"] for line in sums] == [line["BLOCK_D"] >= 64 for line in sums]  # all but float32's
+
+
+def test_products_of_the_last_queries_run_on_tensor_cores(kernels):
+    products = [line for line in kernels if line["kernel"] in ("_normalisers_kernel", "_tail_sums_kernel")]
+    assert {line["tensor_cores"] for line in products if line["BLOCK_R"] == 64} == {True}
+    assert {line["BLOCK_R"] for line in products} == {32, 64}  # 32: float32's

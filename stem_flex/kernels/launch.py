@@ -2,7 +2,8 @@
 
 Triton's launcher inspects every argument of every call, 30 microseconds and more for a kernel of 30 arguments. A plan
 keeps, for one kind of call, the compiled kernel of each of its launches, and later calls hand the arguments straight to
-it. The caller's key must hold everything that Triton specialises on: dtypes, integers, None, pointers' alignment.
+it. The caller's key must hold everything that Triton specialises on: dtypes, integers, None, pointers' alignment. The
+grid, which is bound too, is in the key of each launch.
 """
 
 from collections.abc import Callable, Hashable
@@ -31,7 +32,7 @@ def launch(kernel, programs: int, args: tuple, meta: dict[str, object], plan: Pl
 
     ``args`` are the kernel's parameters in order, its constexprs, which come last, are in ``meta``.
     """
-    known = plan.get(slot)
+    known = plan.get((slot, programs))
     if known is not None:
         run, constants = known
         run(*args, *constants)
@@ -39,4 +40,4 @@ def launch(kernel, programs: int, args: tuple, meta: dict[str, object], plan: Pl
     grid = (programs, 1, 1)
     compiled = kernel[grid](*args, **meta)
     if isinstance(kernel, JITFunction):  # the interpreter compiles nothing
-        plan[slot] = compiled[grid], tuple(meta[name] for name in kernel.arg_names if name in meta)
+        plan[slot, programs] = compiled[grid], tuple(meta[name] for name in kernel.arg_names if name in meta)

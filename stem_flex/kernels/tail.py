@@ -3,15 +3,15 @@
 With w[r, n] the softmax of query r over the keys, a column is ``sum over r of w[r, n]``, a diagonal the sum of the
 w[r, n] whose query and key are as far apart. Two kernels, each over runs of RUN keys of one head:
 
-1. `_normalisers_kernel`: the logarithm of each row's sum of exponentials over the run.
-2. `_sums_kernel`: the logits again, exp of them less the row's normaliser, which adds up the first kernel's parts; the
-   sum over rows, and, row r of a tile turned left by r places, the sum over rows again: what was turned past the tile's
-   start belongs to the tile before and goes to a plane of its own. Nothing is added in memory.
+1. `_normalisers_kernel`: the logarithm of each row's sum of exponentials over the run. PyTorch adds the runs up.
+2. `_tail_sums_kernel`: the logits again, exp of them less the row's normaliser; the sum over rows, and, row r of a tile
+   turned left by r places, the sum over rows again: what was turned past the tile's start belongs to the tile before
+   and goes to a plane of its own. Nothing is added in memory.
 
-Model, a head of R queries: ``8 R N D`` FLOPs, ``4 N`` bytes written thrice, twice the keys read, from L2 for the other
-heads of the group. 128 queries of 32 heads and 128K keys of 8 (bfloat16): 0.55 TFLOP, 0.5 G exponentials twice; 1.9 ms
-of an H100, most of it the turning, which goes through shared memory: steps of 128 keys take 3.4 ms. PyTorch alone moves
-the weights, 2.1 GB, some six times, 7.3 ms.
+Model, a head of R queries: ``4 R N D`` FLOPs, the keys read twice, from L2 for the other heads of the group, and three
+planes of ``4 N`` bytes for every ROWS queries (3 GB for 256 queries of 64 heads at 1M keys). 128 queries of 32 heads
+and 128K keys of 8 (bfloat16): 0.27 TFLOP, 0.5 G exponentials twice; 1.9 ms of an H100, most of it the turning, which
+goes through shared memory: steps of 128 keys take 3.4 ms. PyTorch alone moves the weights, 2.1 GB, some six times, 7.3.
 """
 
 from functools import lru_cache
@@ -26,10 +26,12 @@ from stem_flex.kernels.launch import launch, plan_of
 from stem_flex.kernels.ops import _check_inputs, _guard
 from stem_flex.kernels.pool import INTERPRETED
 
-# Tuning: keys of a program, keys of a step, at least as many as rows; rows of a program, and of wide ones.
+# Tuning: keys of a program, keys of a step, at least as many as rows; rows of a program, of 2 bytes and of 4.
 RUN = 2048
 KEYS = 64
 ROWS, WIDE_ROWS = 64, 32
+
+LOG2_E = tl.constexpr(log2(e))
 
 
 @triton.jit
@@ -90,15 +92,15 @@ def _normalisers_kernel(
         higher = tl.maximum(top, tl.max(s, 1))
         upto = upto * tl.exp2(top - higher) + tl.sum(tl.exp2(s - higher[:, None]), 1)
         top = higher
-    found = tl.where(upto > 0, top + tl.log2(tl.where(upto > 0, upto, 1.0)), float("-inf"))
+    found = tl.where(upto == 0, float("-inf"), (top + tl.log2(upto)) / LOG2_E)  # NaN stays
     at = (((b * KV_HEADS * GROUP + h) * chunks + chunk) * runs + run).to(tl.int64) * BLOCK_R
     tl.store(logs + at + tl.arange(0, BLOCK_R), found)
 
 
 @triton.jit(do_not_specialize=["runs", "rows", "chunks"])
-def _sums_kernel(
-    q, k, starts, ends, logs, columns, diagonals, before, runs, chunks, rows, k_len, span_batch, q_batch, q_head, q_row,
-    k_batch, k_head, k_row, scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+def _tail_sums_kernel(
+    q, k, starts, ends, normalisers, columns, diagonals, before, runs, chunks, rows, k_len, span_batch, q_batch, q_head,
+    q_row, k_batch, k_head, k_row, scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, RUN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -107,37 +109,32 @@ def _sums_kernel(
     local = tl.arange(0, BLOCK_R)
     queries, k, start, end = _operands(q, k, starts, ends, b, h, kv_head, chunk * BLOCK_R + local, rows, span_batch,
                                        q_batch, q_head, q_row, k_batch, k_head, DIM, BLOCK_D, UPCAST)  # fmt: skip
-    head = ((b * KV_HEADS * GROUP + h) * chunks + chunk).to(tl.int64) * runs
-    top = tl.full((BLOCK_R,), -1.0e30, tl.float32)
-    upto = tl.zeros((BLOCK_R,), tl.float32)
-    for part in range(0, runs):
-        x = tl.load(logs + (head + part) * BLOCK_R + local)
-        higher = tl.maximum(top, x)
-        upto = upto * tl.exp2(top - higher) + tl.exp2(x - higher)
-        top = higher
-    normaliser = tl.where(upto > 0, top + tl.log2(tl.where(upto > 0, upto, 1.0)), float("inf"))
+    head = ((b * KV_HEADS * GROUP + h) * chunks + chunk).to(tl.int64)
+    normaliser = tl.load(normalisers + head * BLOCK_R + local) * LOG2_E
+    normaliser = tl.where(normaliser == float("-inf"), float("inf"), normaliser)  # a row that sees nothing
+    at = head * runs * RUN
     place = tl.arange(0, BLOCK_N)
     turned = place[None, :] + local[:, None]
     for first in range(run * RUN, tl.minimum((run + 1) * RUN, k_len), BLOCK_N):
         key = first + place
         s = _logits(queries, k, key, k_row, k_len, start, end, scale, DIM, BLOCK_D, PRECISION, UPCAST)
         weight = tl.exp2(s - normaliser[:, None])
-        tl.store(columns + head * RUN + key, tl.sum(weight, 0))
+        tl.store(columns + at + key, tl.sum(weight, 0))
         weight = tl.gather(weight, turned % BLOCK_N, 1)
-        tl.store(diagonals + head * RUN + key, tl.sum(tl.where(turned < BLOCK_N, weight, 0.0), 0))
-        tl.store(before + head * RUN + key, tl.sum(tl.where(turned < BLOCK_N, 0.0, weight), 0))
+        tl.store(diagonals + at + key, tl.sum(tl.where(turned < BLOCK_N, weight, 0.0), 0))
+        tl.store(before + at + key, tl.sum(tl.where(turned < BLOCK_N, 0.0, weight), 0))
 
 
 @lru_cache(maxsize=64)
-def _meta(heads: tuple[int, int], rows: int, dim: int, size: int) -> dict[str, object]:
-    """Compile-time arguments and options."""
+def _meta(heads: tuple[int, int], rows: int, dim: int, size: int) -> tuple[dict[str, object], int]:
+    """Compile-time arguments and options, and the rows of a program."""
     block_d = max(16, triton.next_power_of_2(dim))
-    most = ROWS if size * block_d <= 256 else WIDE_ROWS
+    most = WIDE_ROWS if size == 4 else ROWS
+    block_r = min(most, max(16, triton.next_power_of_2(rows)))
     return dict(
-        KV_HEADS=heads[1], GROUP=heads[0] // heads[1], DIM=dim, BLOCK_D=block_d, RUN=RUN,
-        BLOCK_R=min(most, max(16, triton.next_power_of_2(rows))), BLOCK_N=KEYS,
+        KV_HEADS=heads[1], GROUP=heads[0] // heads[1], DIM=dim, BLOCK_D=block_d, RUN=RUN, BLOCK_R=block_r, BLOCK_N=KEYS,
         PRECISION="ieee" if size == 4 else "tf32", UPCAST=INTERPRETED, num_warps=4, num_stages=2,
-    )  # fmt: skip
+    ), block_r  # fmt: skip
 
 
 def tail_sums(q: Tensor, k: Tensor, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,19 +155,19 @@ def tail_sums(q: Tensor, k: Tensor, start: Tensor, end: Tensor) -> tuple[Tensor,
     batch, heads, rows, dim = q.shape
     length = k.shape[2]
     start, end = (x.expand(max(start.shape[0], end.shape[0]), rows).contiguous() for x in (start, end))
-    meta = _meta((heads, k.shape[1]), rows, dim, q.element_size())
-    block = meta["BLOCK_R"]
-    assert isinstance(block, int)
+    meta, block = _meta((heads, k.shape[1]), rows, dim, q.element_size())
     chunks, runs = -(-rows // block), -(-length // RUN)
     logs = q.new_empty(batch * heads, chunks, runs, block, dtype=torch.float32)
     planes = q.new_zeros(3, batch, heads, chunks, runs * RUN, dtype=torch.float32)
     sizes = (runs, chunks, rows, length, rows if start.shape[0] > 1 else 0)
     given = (*sizes, *q.stride()[:3], *k.stride()[:3], dim**-0.5 * log2(e))
-    plan = plan_of((_sums_kernel, q.device, q.dtype, given, q.data_ptr() % 16, k.data_ptr() % 16, *meta.items()))
+    aligned = tuple(x.data_ptr() % 16 for x in (q, k, start, end))
+    plan = plan_of((_tail_sums_kernel, q.device, q.dtype, given, aligned, *meta.items()))
     with _guard(q):
         programs = batch * heads * runs * chunks
         launch(_normalisers_kernel, programs, (q, k, start, end, logs, *given), meta, plan, "normalisers")
-        launch(_sums_kernel, programs, (q, k, start, end, logs, *planes, *given), meta, plan, "sums")
+        normalisers = logs.logsumexp(2)
+        launch(_tail_sums_kernel, programs, (q, k, start, end, normalisers, *planes, *given), meta, plan, "sums")
     columns, own, before = planes.unbind(0)
     diagonals = planes.new_zeros(batch, heads, rows + length)
     for chunk in range(chunks):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 CASES = {
     "few": (1, 2, 1, 5, 40, 16, torch.float32),
     "GQA, batch, several steps": (2, 4, 2, 70, 333, 24, torch.float32),
-    "two chunks of rows, two runs": (1, 2, 2, 130, 1500, 32, torch.bfloat16),
+    "chunks of rows, runs": (1, 2, 2, 130, 4200, 32, torch.bfloat16),
     "a run's end": (1, 1, 1, 128, 2048, 16, torch.float16),
     "wide heads": (2, 2, 1, 33, 64, 144, torch.float16),
     "as many queries as keys": (1, 1, 1, 64, 64, 16, torch.float32),
@@ -52,6 +52,31 @@ def test_sums(device, case):
     torch.testing.assert_close(found[0].cpu().double(), columns, **tolerance)
     torch.testing.assert_close(found[1].cpu().double(), diagonals, **tolerance)
     assert found[0].dtype == torch.float32
+
+
+@devices
+def test_whole_runs_out_of_a_window(device):
+    """Rows that see the last 300 of 4,200 keys, none of the first run, and the plan of a call with fewer rows."""
+    q, k = torch.randn(2, 2, 9, 16), torch.randn(2, 2, 4200, 16)
+    end = torch.arange(4192, 4201, dtype=torch.int32)[None]
+    for batch in (1, 2, 1):
+        given = q[:batch], k[:batch], end - 300, end
+        for one, other in zip(tail_sums(*on(device, *given)), expected(*given), strict=True):
+            torch.testing.assert_close(one.cpu().double(), other, rtol=0, atol=2e-5)
+
+
+@devices
+def test_what_is_no_number_stays_visible(device):
+    """As in PyTorch: all keys of the rows that see it, so that no sum is quietly wrong."""
+    q, k = torch.randn(1, 1, 4, 16), torch.randn(1, 1, 2500, 16)
+    k[0, 0, 2100, 3] = torch.nan
+    start = torch.tensor([[0, 0, 0, 2200]], dtype=torch.int32)
+    end = torch.tensor([[2497, 2498, 2000, 2500]], dtype=torch.int32)
+    assert torch.isnan(tail_sums(*on(device, q, k, start, end))[0]).all()
+    end[:, :2] = 2000
+    found, sums = tail_sums(*on(device, q, k, start, end)), expected(q, k.nan_to_num(), start, end)
+    for one, other in zip(found, sums, strict=True):
+        torch.testing.assert_close(one.cpu().double(), other, rtol=0, atol=2e-5)
 
 
 @devices

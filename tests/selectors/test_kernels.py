@@ -66,26 +66,6 @@ def test_scores(device, name, case):
 
 
 @devices
-@pytest.mark.parametrize("part", [0.0, 0.3, 0.9, 1.0])
-@pytest.mark.parametrize("shape", [(2, 3, 5, 17), (1, 2, 70, 70)])
-def test_largest_entries_within_a_part(device, shape, part, poisoned):
-    """One tile a head and several, the last one ragged: what sorting and summing keeps; equal entries, zeros."""
-    from stem_flex.kernels.above import largest_bound
-
-    x = torch.rand(shape).mul(8).softmax(-1).tril()
-    x[0, 0] = x[0, 0].round(decimals=1)
-    x[-1, -1] = 0
-    found = flexprefill.largest_within(x.to(device), part, "triton").cpu()
-    bounds = largest_bound(x.to(device), part).cpu()
-    for one, kept, bound in zip(*(t.flatten(0, 1) for t in (x, found, bounds)), strict=True):
-        values, limit = one.double(), part * float(one.double().sum())
-        sums = [float(values[values >= least].sum()) for least in one.unique() if least > 0]
-        assert torch.equal(kept, (one > 0) & (one >= bound.view(torch.float32)))
-        assert float(values[kept].sum()) <= limit * (1 + 4e-6)
-        assert not [s for s in sums if float(values[kept].sum()) < s <= limit * (1 - 4e-6)]  # no more would fit
-
-
-@devices
 @pytest.mark.parametrize("case", ["ragged, GQA, batch", "padded left"])
 def test_flexprefill(device, case):
     """Query-aware heads choose what PyTorch chooses."""
