@@ -11,6 +11,7 @@ Importing this package imports Triton; the rest of `stem_flex` imports it only w
 `cells`             logits of cells reduced by block: XAttention, CoSA, FlashPrefill, the oracle and others
 `tail`              attention of the last queries by key and by diagonal: MInference, FlexPrefill
 `above`             the largest entries of a head within a part of its sum: FlexPrefill
+`selector_ops`      ``torch.ops.stem_flex.{cell_mass,cell_peaks,query_logs,tail_sums,largest_bound}`` over those three
 `ops`               ``torch.ops.stem_flex.{tables,scores,select}`` over the first four
 `sketch_proxies`    the block sketch: outliers and group means of every block, in one pass over q or k
 `sketch_sums`       proxies -> exponentials summed by key block (a GEMM)

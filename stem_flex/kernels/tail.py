@@ -130,7 +130,7 @@ def _meta(heads: tuple[int, int], rows: int, dim: int, size: int) -> tuple[dict[
     """Compile-time arguments and options, and the rows of a program."""
     block_d = max(16, triton.next_power_of_2(dim))
     most = WIDE_ROWS if size == 4 else ROWS
-    block_r = min(most, max(16, triton.next_power_of_2(rows)))
+    block_r = min(most, max(16, 1 << (rows - 1).bit_length()))
     return dict(
         KV_HEADS=heads[1], GROUP=heads[0] // heads[1], DIM=dim, BLOCK_D=block_d, RUN=RUN, BLOCK_R=block_r, BLOCK_N=KEYS,
         PRECISION="ieee" if size == 4 else "tf32", UPCAST=INTERPRETED, num_warps=4, num_stages=2,
@@ -174,7 +174,7 @@ def tail_sums(q: Tensor, k: Tensor, start: Tensor, end: Tensor) -> tuple[Tensor,
         shift = rows - chunk * block
         _add(diagonals, own[:, :, chunk], shift)
         _add(diagonals, before[:, :, chunk], shift - KEYS)
-    return columns.sum(2)[..., :length], diagonals
+    return columns[..., :length].sum(2), diagonals
 
 
 def _add(whole: Tensor, part: Tensor, shift: int) -> None:

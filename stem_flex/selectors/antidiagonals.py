@@ -162,7 +162,7 @@ def antidiagonal_mass(
 
 
 def _by_kernels(q: Tensor, k: Tensor, bound: BoundLayout, config: StemConfig, peaks: bool) -> tuple[Tensor, Tensor]:
-    from stem_flex.kernels.cells import Cut, Operands, cell_mass
+    from stem_flex.kernels.selector_ops import Cut, Operands, cell_mass
 
     stride, per_row = config.stride, config.query_block // config.stride
     fine = _cells_layout(q, k, bound, stride)
@@ -171,7 +171,7 @@ def _by_kernels(q: Tensor, k: Tensor, bound: BoundLayout, config: StemConfig, pe
     valid = bound.key_start, bound.key_end, bound.query_start, bound.query_end
     cut = Cut(stride, per_row, config.key_block // stride)
     operands = Operands(q, k, (lo, hi), valid, cut, 1 / (math.sqrt(q.shape[-1]) * stride))
-    return cell_mass(operands, lambda rows: -(-last_key(bound, rows * stride) // stride), sums=not peaks, peaks=peaks)
+    return cell_mass(operands, bound.causal_offset, stride, sums=not peaks, peaks=peaks)
 
 
 def cells(

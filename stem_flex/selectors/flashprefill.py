@@ -47,7 +47,7 @@ def row_sums(q: Tensor, k: Tensor, bound: BoundLayout, impl: str = "torch") -> T
     keys = block_means(k, k_block, bound.key_start, bound.key_end)
     lo, hi = whole_blocks(bound, spans)
     if impl == "triton":
-        from stem_flex.kernels.cells import Cut, Operands, query_logs
+        from stem_flex.kernels.selector_ops import Cut, Operands, query_logs
 
         scale = q.shape[-1] ** -0.5
         found = query_logs(Operands(q, keys.to(q.dtype), (lo, hi), (None,) * 4, Cut(1, q_block, 1), scale))

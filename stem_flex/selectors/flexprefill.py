@@ -88,7 +88,7 @@ def largest_within(x: Tensor, part: float, impl: str = "torch") -> Tensor:
     """
     x = x.float().contiguous()  # as `hide` leaves it
     if impl == "triton":
-        from stem_flex.kernels.above import largest_bound
+        from stem_flex.kernels.selector_ops import largest_bound
 
         return x.view(torch.int32) >= largest_bound(x, part)[..., None, None]
     bits = x.view(torch.int32)

@@ -86,13 +86,13 @@ def block_mass(
 
 
 def _by_kernels(q: Tensor, k: Tensor, block: tuple[int, int], q_offset: int, scale: float) -> tuple[Tensor, Tensor]:
-    from stem_flex.kernels.cells import Cut, Operands, cell_mass
+    from stem_flex.kernels.selector_ops import Cut, Operands, cell_mass
 
     (q_block, k_block), q_len, k_len = block, q.shape[2], k.shape[2]
     query = torch.arange(-(-q_len // q_block) * q_block, dtype=torch.int32, device=q.device)
     end = torch.where(query < q_len, (query + q_offset + 1).clamp(max=k_len), 0)[None]
     operands = Operands(q, k, (torch.zeros_like(end), end), (None,) * 4, Cut(1, q_block, k_block), scale)
-    total, peak = cell_mass(operands, lambda rows: min(k_len, q_offset + rows))
+    total, peak = cell_mass(operands, q_offset)
     return total / (q_len - query[::q_block]).clamp(max=q_block)[:, None], peak
 
 

@@ -86,7 +86,7 @@ def _tail_mass(tail: Tail, k: Tensor, bound: BoundLayout, config: StemConfig, im
     """Attention of the last queries on each block, summed over them: (B, Hq, Kb)."""
     if impl == "torch":
         return block_share(tail_attention(tail, k)[0], bound)
-    from stem_flex.kernels.cells import Cut, Operands, cell_mass
+    from stem_flex.kernels.selector_ops import Cut, Operands, cell_mass
 
     more = config.query_block - tail.q.shape[2]  # of prompts shorter than a block
     q, start, end = (
@@ -95,7 +95,7 @@ def _tail_mass(tail: Tail, k: Tensor, bound: BoundLayout, config: StemConfig, im
     )
     cut = Cut(1, config.query_block, config.key_block)
     operands = Operands(q, k, (start, end), (None,) * 4, cut, q.shape[-1] ** -0.5)
-    total, _ = cell_mass(operands, lambda rows: k.shape[2])
+    total, _ = cell_mass(operands)
     return total[:, :, 0]
 
 
@@ -115,13 +115,13 @@ def _group_scores(q: Tensor, k: Tensor, bound: BoundLayout, config: StemConfig, 
     weight = owned.to(queries.dtype).unflatten(0, (proxies, -1)).mean(1)
     keys = torch.einsum("bhjd, ph -> bpjd", operand(k), weight)
     if impl == "triton":
-        from stem_flex.kernels.cells import Cut, Operands, cell_mass
+        from stem_flex.kernels.selector_ops import Cut, Operands, cell_mass
 
         start, end = spans_of(bound, "proxyattn")
         cut = Cut(1, config.query_block // stride, config.key_block)
         spans = start[:, ::stride], end[:, ::stride]
         operands = Operands(queries.to(q.dtype), keys.to(q.dtype), spans, (None,) * 4, cut, q.shape[-1] ** -0.5)
-        _, best = cell_mass(operands, lambda rows: last_key(bound, rows * stride), peaks=True)
+        _, best = cell_mass(operands, bound.causal_offset, stride, peaks=True)
     else:
         best = largest_weights(queries, keys, bound, stride)
     return best / best.sum(-1, keepdim=True).clamp(min=1e-20)

@@ -178,7 +178,7 @@ def tail_attention(tail: Tail, k: Tensor, impl: str = "torch") -> tuple[Tensor, 
         TypeError: float64 for Triton.
     """
     if impl == "triton":
-        from stem_flex.kernels.tail import tail_sums
+        from stem_flex.kernels.selector_ops import tail_sums
 
         columns, diagonals = tail_sums(tail.q, k, tail.start, tail.end)
     else:

@@ -60,7 +60,7 @@ def block_peaks(q: Tensor, k: Tensor, bound: BoundLayout, impl: str = "torch") -
     start, end = torch.where(end > start, start, bound.seq_lengths[1]).amin(-1), end.amax(-1)
     queries, keys = block_means(q, q_block, bound.query_start, bound.query_end), operand(k)
     if impl == "triton":
-        from stem_flex.kernels.cells import Cut, Operands, cell_peaks
+        from stem_flex.kernels.selector_ops import Cut, Operands, cell_peaks
 
         scale = q.shape[-1] ** -0.5
         operands = Operands(queries.to(q.dtype), k, (start, end), (None,) * 4, Cut(1, 1, k_block), scale)
