@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from stem_flex import StemConfig, layout, selectors
 from stem_flex.reference import selectors as loops
+from stem_flex.selectors import published
 from tests.selectors.cases import CONFIG, agree, inputs
 
 
@@ -35,3 +37,14 @@ def test_blocks_that_are_not_square(name, blocks):
         "flashprefill": (loops.flashprefill, {}, {"alpha": 0.2, "full_rows": 2}),
     }[name]
     agree(name, case, rule, fast=fast, config=config, **options)
+
+
+@pytest.mark.parametrize("name", [selector.name for selector in published.SELECTORS if not selector.has_kernels])
+def test_a_selector_is_one_graph(name):
+    """Those with kernels: tests/kernels/test_selector_ops.py."""
+    q, k, v = (x.float() for x in inputs((1, 2, 1, 100, 100)))
+    selector = selectors.get(name)
+    config = selector.configured(CONFIG)
+    torch._dynamo.reset()  # or this function counts as compiled too often
+    compiled = torch.compile(lambda q: selector.scores(q, k, v, config), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(q), selector.scores(q, k, v, config))
