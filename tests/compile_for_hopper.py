@@ -124,14 +124,14 @@ def antidiagonals(tokens: int, dtype: torch.dtype, stride: int) -> None:
     """Compile what XAttention and CoSA take."""
     given = operands(tokens, dtype, cells.Cut(stride, BLOCK // stride, BLOCK // stride), tokens, tokens)
     for sums in (True, False):
-        cells.cell_mass(given, lambda rows: rows, sums=sums, peaks=not sums)
+        cells.cell_mass(given, 0, stride, sums=sums, peaks=not sums)
 
 
 def selected(tokens: int, dtype: torch.dtype) -> None:
     """Compile what the oracle, ProxyAttn, VecAttention and FlashPrefill take."""
-    cells.cell_mass(operands(tokens, dtype, cells.Cut(1, BLOCK, BLOCK), tokens, tokens), lambda rows: rows)
+    cells.cell_mass(operands(tokens, dtype, cells.Cut(1, BLOCK, BLOCK), tokens, tokens), 0)
     proxies = operands(tokens, dtype, cells.Cut(1, BLOCK // 8, BLOCK), tokens, tokens // 8)
-    cells.cell_mass(proxies, lambda rows: 8 * rows, peaks=True)
+    cells.cell_mass(proxies, 0, 8, peaks=True)
     cells.cell_peaks(operands(tokens, dtype, cells.Cut(1, 1, BLOCK), tokens, tokens // BLOCK))
     cells.query_logs(operands(tokens, dtype, cells.Cut(1, BLOCK, 1), tokens // BLOCK, tokens))
 

@@ -73,7 +73,7 @@ def largest_bound(x: Tensor, part: float) -> Tensor:
     tiles = -(-size // TILE)
     parts = x.new_empty(heads, PIECES - 1, tiles)
     lows = x.new_zeros(heads, dtype=torch.int32)
-    plan = plan_of((_above_kernel, x.device, size, x.data_ptr() % 16))
+    plan = plan_of((_above_kernel, x.device, size, x.data_ptr() % 16, TILE, ADDED, PIECES))
     meta = dict(PIECES=PIECES, num_warps=WARPS)
 
     def above(step: int) -> None:

@@ -37,7 +37,6 @@ Short logits, of a head's dims, wait for their operands: four warps a program, s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import e, log2
 from typing import NamedTuple
 
@@ -50,6 +49,7 @@ from stem_flex.kernels.cell_tiles import Cut, tile_of
 from stem_flex.kernels.launch import launch
 from stem_flex.kernels.ops import _check_inputs, _guard
 from stem_flex.kernels.pool import INTERPRETED, _valid_range
+from stem_flex.kernels.scores import reach
 
 WORKSPACE = 512 * 2**20  # bytes alive between the two kernels, unless the rows of one tile need more
 
@@ -245,7 +245,7 @@ def _checked(operands: Operands) -> Operands:
 
 
 def cell_mass(
-    operands: Operands, reach: Callable[[int], int], *, sums: bool = True, peaks: bool = False
+    operands: Operands, causal_offset: int | None = None, step: int = 1, *, sums: bool = True, peaks: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Sum and maximum over the rows of each query block of the rows' weights on each key block, (B, Hq, Qb, Kb).
 
@@ -254,7 +254,7 @@ def cell_mass(
 
     Args:
         operands: with as many rows as whole query blocks have.
-        reach: the first ``n`` rows see no key cell from ``reach(n)`` on, as far as the host knows.
+        causal_offset, step: the first ``n`` rows see no key from ``causal_offset + n step`` on; None: they may.
 
     Raises:
         TypeError: another dtype.
@@ -276,7 +276,7 @@ def cell_mass(
     block_j = min(512, max(16, ROWS_TILE // cut.rows))
     for row in range(0, rows, most):
         count = min(most, rows - row)
-        width = min(reach(row + count), -(-k.shape[2] // cut.tokens))
+        width = reach(row + count, -(-k.shape[2] // cut.tokens), step, cut.tokens, causal_offset)
         part = -(-width // cut.columns)
         strides = part * count, 1, count
         _launch_cells(operands, log, best, strides, (row, count, width))

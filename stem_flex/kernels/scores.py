@@ -49,7 +49,7 @@ class Chunk(NamedTuple):
     width: int
 
 
-def _reach(rows: int, k_blocks: int, block_q: int, block_k: int, causal_offset: int | None) -> int:
+def reach(rows: int, k_blocks: int, block_q: int, block_k: int, causal_offset: int | None) -> int:
     """Key blocks that the first ``rows`` query blocks can reach: a bound on every ``hi`` of those rows."""
     if causal_offset is None:
         return k_blocks
@@ -81,7 +81,7 @@ def cut(
     while row < q_blocks:
         count = q_blocks - row
         while True:
-            width = _reach(row + count, k_blocks, block_q, block_k, causal_offset)
+            width = reach(row + count, k_blocks, block_q, block_k, causal_offset)
             fit = workspace // (bytes_a_row + bytes_a_column * aligned(width))
             if count <= max(16, fit):
                 break

@@ -20,11 +20,8 @@ _OPERANDS = (
 
 
 def _cell_mass(q, k, lo, hi, *valid, cut, scale, causal_offset, step, sums, peaks):
-    def reach(rows: int) -> int:
-        keys = k.shape[2] if causal_offset is None else max(1, min(k.shape[2], causal_offset + rows * step))
-        return -(-keys // cut[0])
-
-    return cells.cell_mass(Operands(q, k, (lo, hi), valid, Cut(*cut), scale), reach, sums=sums, peaks=peaks)
+    operands = Operands(q, k, (lo, hi), valid, Cut(*cut), scale)
+    return cells.cell_mass(operands, causal_offset, step, sums=sums, peaks=peaks)
 
 
 def _cell_peaks(q, k, lo, hi, *valid, cut, scale):
@@ -85,13 +82,7 @@ def _given(operands: Operands) -> tuple[Tensor | None, ...]:
 def cell_mass(
     operands: Operands, causal_offset: int | None = None, step: int = 1, *, sums: bool = True, peaks: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """:func:`stem_flex.kernels.cells.cell_mass`.
-
-    Args:
-        operands: as there.
-        causal_offset, step: the first ``n`` rows see no key from ``causal_offset + n step`` on; None: they may.
-        sums, peaks: as there.
-    """
+    """:func:`stem_flex.kernels.cells.cell_mass`."""
     return torch.ops.stem_flex.cell_mass.default(
         *_given(operands), cut=list(operands.cut), scale=operands.scale, causal_offset=causal_offset, step=step,
         sums=sums, peaks=peaks,

@@ -29,7 +29,7 @@ from stem_flex.kernels.pool import INTERPRETED
 # Tuning: keys of a program, keys of a step, at least as many as rows; rows of a program, of 2 bytes and of 4.
 RUN = 2048
 KEYS = 64
-ROWS, WIDE_ROWS = 64, 32
+ROWS, FLOAT_ROWS = 64, 32
 
 LOG2_E = tl.constexpr(log2(e))
 
@@ -129,7 +129,7 @@ def _tail_sums_kernel(
 def _meta(heads: tuple[int, int], rows: int, dim: int, size: int) -> tuple[dict[str, object], int]:
     """Compile-time arguments and options, and the rows of a program."""
     block_d = max(16, triton.next_power_of_2(dim))
-    most = WIDE_ROWS if size == 4 else ROWS
+    most = FLOAT_ROWS if size == 4 else ROWS
     block_r = min(most, max(16, 1 << (rows - 1).bit_length()))
     return dict(
         KV_HEADS=heads[1], GROUP=heads[0] // heads[1], DIM=dim, BLOCK_D=block_d, RUN=RUN, BLOCK_R=block_r, BLOCK_N=KEYS,

@@ -86,7 +86,7 @@ def test_cell_mass(device, case, dtype, sums, peaks, poisoned):
     top = logits.amax(-1)[..., None] if not sums else logits.logsumexp(-1)[..., None]
     entries = blocks.amax(-1) if peaks else blocks.logsumexp(-1)
     weights = torch.where(top == -math.inf, 0.0, (entries - top).exp()).unflatten(2, (-1, operands.cut.rows))
-    total, peak = cells.cell_mass(operands, lambda rows: logits.shape[-1], sums=sums, peaks=peaks)
+    total, peak = cells.cell_mass(operands, sums=sums, peaks=peaks)
     tolerance = {"atol": 4 * TOLERANCE[dtype], "rtol": 4 * TOLERANCE[dtype]}
     torch.testing.assert_close(total.double().cpu(), weights.sum(3), **tolerance)
     torch.testing.assert_close(peak.double().cpu(), weights.amax(3), **tolerance)
@@ -101,9 +101,9 @@ def test_cell_mass_of_causal_rows(device, case, poisoned, monkeypatch):
     hi = torch.arange(1, rows + 1, dtype=torch.int32, device=device).clamp(max=keys)[None]
     operands = operands._replace(spans=(torch.zeros_like(hi), hi))
     monkeypatch.setattr(cell_tiles, "FLOAT_TILE", cell_tiles.Tile(16, 16, 32, 4, 2))
-    whole = cells.cell_mass(operands, lambda rows: keys)
+    whole = cells.cell_mass(operands)
     monkeypatch.setattr(cells, "WORKSPACE", 1)
-    narrow = cells.cell_mass(operands, lambda rows: min(rows, keys))
+    narrow = cells.cell_mass(operands, 0, operands.cut.tokens)
     torch.testing.assert_close(narrow, whole)
     torch.testing.assert_close(
         narrow[0].sum(-1), torch.full_like(narrow[0][..., 0], operands.cut.rows), atol=1e-4, rtol=0
@@ -165,7 +165,7 @@ def test_long_blocks(device, block, poisoned):
     operands = Operands(q.to(device), k.to(device), spans, (None,) * 4, Cut(1, 64, block), 0.25)
     expected = 0.25 * torch.einsum("bhid, bhjd -> bhij", q, k.expand_as(q)).double()
     expected = expected.masked_fill(torch.ones(600, 600, dtype=torch.bool).triu(1), -math.inf)
-    total, _ = cells.cell_mass(operands, lambda rows: rows)
+    total, _ = cells.cell_mass(operands, 0)
     weights = torch.nn.functional.pad(expected.softmax(-1), (0, -600 % block, 0, -600 % 64))
     by_block = weights.unflatten(3, (-1, block)).sum(-1).unflatten(2, (-1, 64)).sum(3)
     torch.testing.assert_close(total.double().cpu(), by_block, atol=1e-4, rtol=1e-5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stem_flex import StemConfig, selectors
-from stem_flex.kernels import cells, selector_ops
+from stem_flex.kernels import cell_tiles, cells, selector_ops
 from stem_flex.kernels.selector_ops import Cut, Operands
 from tests.kernels.loops import devices, on
 
@@ -66,8 +66,12 @@ def test_what_rows_reach_changes_nothing(device, monkeypatch):
     """Chunks of one tile's rows that are as narrow as the offset and the step say."""
     operands = causal_cells(Cut(4, 8, 8), device)
     whole = selector_ops.cell_mass(operands, peaks=True)
+    launched, launch_cells = [], cells._launch_cells
+    monkeypatch.setattr(cells, "_launch_cells", lambda *args: launched.append(args[-1]) or launch_cells(*args))
+    monkeypatch.setattr(cell_tiles, "FLOAT_TILE", cell_tiles.Tile(16, 16, 32, 4, 2))
     monkeypatch.setattr(cells, "WORKSPACE", 1)
     narrow = selector_ops.cell_mass(operands, 0, 4, peaks=True)
+    assert launched == [(0, 16, 16), (16, 8, 18)]  # first row, rows, keys: 18 cells of 4 tokens are 70 and 2
     for one, other in zip(narrow, whole, strict=True):
         torch.testing.assert_close(one, other)
 
