@@ -14,7 +14,7 @@ from stem_flex.selectors import flexprefill
 from stem_flex.selectors.rules import Relative
 from tests.selectors.cases import CONFIG, EVERY, ONE_PROMPT, agree, inputs, longer
 
-LAST_QUERIES = ("proxyattn", "minference", "flexprefill")
+LAST_QUERIES = ("proxyattn", "minference", "flexprefill")  # they take one prompt
 NAMES = ("xattention", "cosa", "vecattention", "flashprefill", *LAST_QUERIES)
 RULES = {
     "xattention": (loops.xattention, {"threshold": 0.7}, Coverage(0.7)),
@@ -49,12 +49,17 @@ def bound_to(case: tuple, device: str, block: int):
 
 
 @devices
-@pytest.mark.parametrize("case", ["ragged, GQA, batch", "offsets by batch row", "padded left", "documents"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        (name, case)
+        for name in NAMES
+        for case in ("ragged, GQA, batch", "offsets by batch row", "padded left", "documents")
+        if case in ONE_PROMPT or name not in LAST_QUERIES
+    ],
+)
 def test_scores(device, name, case):
     """Heads of a dimension that is no power of two, q, k, v strided as BSHD, against PyTorch in float64."""
-    if name in LAST_QUERIES and case not in ONE_PROMPT:
-        pytest.skip(f"{name} takes one prompt")
     qkv = inputs(EVERY[case], dim=24)
     known = selectors.get(name)
     config = known.configured(CONFIG)
