@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .report import RESULTS, share, short
+from .ttft_report import NAMES, listed
 
 SHOWN_DENSITIES = {0.15, 0.25}  # of accuracy's: those that the papers speak of
 STEMS = ("stem_flash", "stem_triton")
@@ -107,15 +108,14 @@ def _times(result: dict[str, Any], names: list[str], *, masks: bool, rates: bool
 def ttft(result: dict[str, Any]) -> str:
     """Whole models' times to the first token."""
     where, options = result["environment"], result["options"]
-    names = {"sdpa": "SDPA FlashAttention-2", "fa4": "flash-attn-4", "stem": "Stem"}
     rows = []
     for row in result["rows"]:
-        times = [f"{row[name]['fastest_ms']:,.0f}" if "ms" in row.get(name, {}) else "-" for name in names]
+        times = [f"{row[name]['fastest_ms']:,.0f}" if "ms" in row.get(name, {}) else "-" for name in NAMES]
         ups = [f"{row[key]:.2f}x" if key in row else "-" for key in ("over_sdpa", "over_fa4")]
         extra = f"{row['extra_gib']:+.2f}" if "extra_gib" in row else "-"
         rows.append([row["model"], short(row["tokens"]), *times, *ups, extra])
-    columns = ["model", "tokens", *names.values(), "over SDPA", "over flash-attn-4", "GiB over SDPA"]
-    layers = ", ".join(map(str, options["dense_layers"])) or "none"
+    columns = ["model", "tokens", *NAMES.values(), "over SDPA", "over flash-attn-4", "GiB over SDPA"]
+    layers = listed(options["dense_layers"])
     return (
         f"Time to the first token of whole models, ms, fastest of up to {options['repeats']}: `{where['command']}` "
         f"on one {where['gpu']}: {options['dtype']}, batch 1, {options['config']} budget, dense layers {layers}, torch "
@@ -133,7 +133,7 @@ def ttft_line(result: dict[str, Any]) -> str:
         return ""
     row, where, options = rows[-1], result["environment"], result["options"]
     stem, sdpa, fa4 = (f"{row[name]['fastest_ms'] / 1e3:.3g} s" for name in ("stem", "sdpa", "fa4"))
-    layers = ", ".join(map(str, options["dense_layers"])) or "none"
+    layers = listed(options["dense_layers"])
     return (
         f"A whole model of Llama-3.1-8B's shape gives the first token after {short(row['tokens'])} tokens in {stem}: "
         f"{row['over_sdpa']:.2f} times faster than by SDPA's FlashAttention-2 ({sdpa}), {row['over_fa4']:.2f} times "

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from . import plots, report
 
 NAMES = {"sdpa": "SDPA FlashAttention-2", "fa4": "flash-attn-4", "stem": "Stem"}
+
+
+def listed(layers: Sequence[int]) -> str:
+    """Layers in words."""
+    return ", ".join(map(str, layers)) or "none"
 
 
 def _cells_of(row: dict[str, Any], names: list[str]) -> list[str]:
@@ -34,7 +40,7 @@ def present(rows: list[dict[str, Any]], options: argparse.Namespace, header: dic
         if isinstance(cell, dict) and ({"error", "skipped"} & cell.keys())
     ]
     machine = header["environment"]["gpu"] or "CPU"
-    layers = ", ".join(map(str, options.dense_layers)) or "none"
+    layers = listed(options.dense_layers)
     name = f"Time to first token, {machine}"
     title = f"{name}, {options.dtype}, batch 1, dense layers {layers}, fastest of up to {options.repeats}"
     report.show(title, columns, body, notes)
